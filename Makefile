@@ -1,0 +1,45 @@
+# make train | test | test-deep | lint      PYTHON=... uses an environment you already have and installs nothing.
+# TORCH_INDEX=URL takes torch's wheels from that index (https://pytorch.org/get-started/locally/ names them).
+
+VENV := .venv
+ifdef PYTHON
+  PY := $(PYTHON)
+  READY :=
+else
+  PY := $(VENV)/bin/python
+  READY := $(VENV)/.installed
+endif
+ARGS ?=
+JOBS ?= auto
+
+.PHONY: help train test test-deep lint format clean
+help:
+	@echo "make train      train the tiny GPT on the standard library's sources (ARGS='--attn sdpa ...' are passed on)"
+	@echo "make test       the fast tests, at most five minutes on two cores"
+	@echo "make test-deep  the long tests, at most twenty"
+	@echo "make lint       ruff, check and format;  make format  lets it rewrite"
+
+train: $(READY)
+	$(PY) -m gptlib.train $(ARGS)
+
+test: $(READY)
+	$(PY) -m pytest tests -n $(JOBS) $(ARGS)
+
+test-deep: $(READY)
+	$(PY) -m pytest tests -n $(JOBS) -m deep $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+format: $(READY)
+	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "this project needs Python 3.11 or newer as python3" >&2; exit 2; }
+	python3 -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(PY) -m pip install -q -c constraints.txt torch --index-url $(TORCH_INDEX))
+	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,222 @@
+"""Where a kernel runs, how it is launched and registered, and the arithmetic that must agree in both places.
+
+With a GPU the kernels are compiled. Without one (or with TRITON_INTERPRET=1) they run in Triton's interpreter, which
+executes each program with NumPy. Three of its habits need care, all handled here so that no kernel has to:
+
+* it multiplies bf16 as if it were a 16-bit integer: `dot` and every other arithmetic must see fp32 operands;
+* it truncates fp32 to bf16 instead of rounding to nearest even: `cast` rounds by hand;
+* it patches `triton.language` on every helper call: once per launch is enough, and twice as fast.
+"""
+
+import contextlib
+import os
+import types
+import warnings
+from contextvars import ContextVar
+
+import torch
+
+if "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+IS_INTERPRETED = tl.constexpr(INTERPRETED)
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x in another dtype, rounded to nearest even in the interpreter too."""
+    if IS_INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, rounded, bits).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, INPUT_PRECISION: tl.constexpr):
+    """a (M, K) @ b (K, N) in fp32; INPUT_PRECISION ("ieee" or "tf32") matters for fp32 operands alone."""
+    if IS_INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision=INPUT_PRECISION)
+
+
+def fp32_precision(dtype):
+    """How a dot of fp32 operands may round: "tf32" where torch's own CUDA matmuls are allowed to, else "ieee"."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+_target_arch: ContextVar[str | None] = ContextVar("target_arch", default=None)
+_recorder: ContextVar = ContextVar("launch_recorder", default=None)
+
+
+def arch(device):
+    """Key of the tuning tables: "interpret", "sm_80", "sm_90", ..., "gfx942"."""
+    if _target_arch.get() is not None:
+        return _target_arch.get()
+    if INTERPRETED:
+        return "interpret"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@contextlib.contextmanager
+def record_launches(target_arch, recorder):
+    """Inside, launchers choose their tables for `target_arch` and every launch goes to
+    `recorder(kernel, grid, args, constexprs, num_warps, num_stages)` instead of a device. With tensors on the meta
+    device this lists what would be compiled for any GPU, on any machine."""
+    tokens = _target_arch.set(target_arch), _recorder.set(recorder)
+    try:
+        yield
+    finally:
+        _target_arch.reset(tokens[0])
+        _recorder.reset(tokens[1])
+
+
+def launch(kernel, grid, *args, num_warps=4, num_stages=2, **constexprs):
+    """Run `kernel` over `grid` (a tuple): positional run-time arguments, then constexprs by name."""
+    if (recorder := _recorder.get()) is not None:
+        recorder(kernel, grid, args, constexprs, num_warps, num_stages)
+        return
+    if 0 in grid:
+        return
+    if INTERPRETED:
+        kernel[grid](*args, **constexprs)
+        return
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    guard = torch.cuda.device(device) if device.index != torch.cuda.current_device() else contextlib.nullcontext()
+    with guard:
+        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def check_tensors(op, **tensors):
+    """ValueError unless all given tensors (None is skipped) are floating, on one device, and that device can run."""
+    first_name, first = next((n, t) for n, t in tensors.items() if t is not None)
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if not isinstance(t, torch.Tensor):
+            raise ValueError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
+        if t.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"{op}: {name} has dtype {t.dtype}; float32, float16 and bfloat16 are supported")
+        if t.device != first.device:
+            raise ValueError(f"{op}: {name} is on {t.device} but {first_name} is on {first.device}; use one device")
+    check_device(op, first_name, first.device)
+
+
+def check_device(op, name, device):
+    """ValueError unless kernels can run on `device` in this process."""
+    if _recorder.get() is not None or device.type == "meta":
+        return
+    if device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            f"{op}: {name} is on the CPU but the kernels are compiled for the GPU in this process; "
+            "move it to cuda, or set TRITON_INTERPRET=1 before Python starts (the trainer: --device cpu)"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{op}: {name} is on {device}; cuda (or cpu, through Triton's interpreter) is supported")
+    if device.type == "cuda" and not INTERPRETED and not torch.version.hip:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            raise ValueError(
+                f"{op}: {torch.cuda.get_device_name(device)} has CUDA capability {capability[0]}.{capability[1]}; "
+                "8.0 (Ampere) or newer is needed"
+            )
+
+
+def autocast_dtype(x):
+    """The dtype autocast asks for on x's device, or None outside autocast."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return None
+
+
+def unit_inner_stride(x):
+    """x itself if its last stride is 1 (or that dimension has one element), else a contiguous copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+# ---- registration ----------------------------------------------------------------------------------------------------
+
+
+def register_op(name, schema, run, fake, setup_context=None, backward=None):
+    """Make `kernels::name` a PyTorch operator with a fake (shape) rule and autograd, and return it.
+
+    One opaque operator serves GPU and interpreter alike, so that what the tests prove on a CPU is what a GPU runs, and
+    torch.compile never looks inside. `backward=None` marks an operator that is itself a backward: differentiating it
+    again raises NotImplementedError. vmap raises too; both would otherwise fail deep inside with no reason given.
+    """
+    op = torch.library.custom_op(f"kernels::{name}", run, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    if backward is None:
+
+        def backward(ctx, *grads):
+            raise NotImplementedError(f"kernels.{name} has no double backward; use the reference for second derivatives")
+
+        def setup_context(ctx, inputs, output):
+            pass
+
+    op.register_autograd(backward, setup_context=setup_context)
+
+    def refuse_vmap(info, in_dims, *args):
+        raise NotImplementedError(f"kernels.{name} does not support vmap; fold the mapped dimension into the batch")
+
+    op.register_vmap(refuse_vmap)
+    return op
+
+
+# ---- the interpreter, repaired and made faster -------------------------------------------------------------------------
+
+
+def _set_up_interpreter():
+    if isinstance(tl.sum, JITFunction):
+        # Triton was imported before TRITON_INTERPRET was set (torch does that when it makes an optimizer or compiles):
+        # its own helpers (tl.sum, tl.zeros, ...) are compiled functions for good, so let the interpreter call them.
+        def call(self, *args, **kwargs):
+            return interpreter.InterpretedFunction(self.fn)(*args, **kwargs)
+
+        JITFunction.__call__ = call
+        for member, value in list(vars(tl.tensor).items()):
+            if isinstance(value, JITFunction):
+                setattr(tl.tensor, member, _as_method(value))
+
+    options = getattr(interpreter.interpreter_builder, "options", None)
+    if options is not None and hasattr(options, "sanitize_overflow"):
+        object.__setattr__(options, "sanitize_overflow", False)  # it checks every integer add in 64 bits
+    # Patch triton.language whole and once per launch, not the modules a helper happens to see on each of its calls.
+    patch_lang = interpreter._patch_lang
+    sees_everything = types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
+    interpreter._patch_lang = lambda fn: patch_lang(sees_everything)
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
+
+
+def _as_method(jit_function):
+    def method(self, *args, **kwargs):
+        return jit_function(self, *args, **kwargs)
+
+    return method
+
+
+if INTERPRETED:
+    _set_up_interpreter()
