@@ -1,6 +1,8 @@
-"""Hand-written Triton kernels for GPT training. `import kernels` needs no Triton: each op is imported when first used."""
+"""Hand-written Triton kernels for GPT training. `import kernels` needs no Triton: ops are imported when first used."""
 
 import importlib
+import sys
+import types
 
 _OPS = {
     "causal_attention": "kernels.attention",
@@ -22,3 +24,15 @@ def __getattr__(name):
 
 def __dir__():
     return sorted([*globals(), *_OPS])
+
+
+class _Package(types.ModuleType):
+    """Importing the file kernels/softmax.py would bind the module to the name of the function it defines."""
+
+    def __setattr__(self, name, value):
+        if name in _OPS and isinstance(value, types.ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

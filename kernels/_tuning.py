@@ -34,158 +34,118 @@ class Tile(NamedTuple):
 
 def attention_tile(kernel, arch, head_dim, dtype_bytes):
     """Tile of `kernel` ("forward", "dkdv", "dq", "decode") for a head dimension of 8 to 256 in 2- or 4-byte floats."""
+    if arch == "interpret":
+        return INTERPRET
     tables = ATTENTION[kernel]
-    block_d = 16 if head_dim <= 16 else 1 << (head_dim - 1).bit_length()
-    return tables[table_arch(arch, tables)][dtype_bytes, block_d]
+    row = tables["fp32"] if dtype_bytes == 4 else tables[table_arch(arch, tables)]
+    return row[HEAD_DIMS.index(16 if head_dim <= 16 else 1 << (head_dim - 1).bit_length())]
 
+
+def _pointers(*tiles):
+    return [Tile(*tile) for tile in tiles]
+
+
+def _tma(*tiles):
+    return [Tile(*tile, use_tma=True) for tile in tiles]
+
+
+# fmt: off
+HEAD_DIMS = (16, 32, 64, 128, 256)  # the columns below
 
 # The interpreter pays per program and per operation, hardly per element: few, large tiles.
-_INTERPRET = {(size, d): Tile(128, 128, 4, 1, True) for size in (2, 4) for d in (16, 32, 64, 128, 256)}
+INTERPRET = Tile(128, 128, 4, 1, use_tma=True)
 
-# fp32 dots run as FFMA loops that keep operands in registers: only small tiles avoid spills.
-_FP32_FORWARD = {
-    (4, 16): Tile(32, 32, 4, 2),
-    (4, 32): Tile(32, 32, 4, 2),
-    (4, 64): Tile(16, 32, 4, 2),
-    (4, 128): Tile(32, 32, 8, 1),
-    (4, 256): Tile(16, 32, 8, 1),
-}
-_FP32_BACKWARD = {
-    (4, 16): Tile(32, 32, 4, 1),
-    (4, 32): Tile(32, 32, 4, 1),
-    (4, 64): Tile(32, 32, 8, 1),
-    (4, 128): Tile(16, 32, 8, 1),
-    (4, 256): Tile(16, 16, 8, 1),
-}
-
+# fp32 dots run as FFMA loops that keep their operands in registers: only small tiles avoid spills.
 ATTENTION = {
     "forward": {
-        "interpret": _INTERPRET,
-        "sm_80": _FP32_FORWARD
-        | {
-            (2, 16): Tile(128, 64, 4, 3),
-            (2, 32): Tile(128, 64, 4, 3),
-            (2, 64): Tile(128, 64, 4, 3),
-            (2, 128): Tile(128, 64, 8, 3),
-            (2, 256): Tile(64, 64, 8, 2),
-        },
-        "sm_86": _FP32_FORWARD
-        | {
-            (2, 16): Tile(128, 64, 4, 3),
-            (2, 32): Tile(128, 64, 4, 3),
-            (2, 64): Tile(128, 64, 4, 3),
-            (2, 128): Tile(128, 32, 8, 3),
-            (2, 256): Tile(64, 32, 8, 2),
-        },
-        "sm_90": _FP32_FORWARD
-        | {
-            (2, 16): Tile(128, 128, 8, 2, True),
-            (2, 32): Tile(128, 128, 8, 2, True),
-            (2, 64): Tile(128, 128, 8, 2, True),
-            (2, 128): Tile(128, 128, 8, 2, True),
-            (2, 256): Tile(128, 64, 8, 2, True),
-        },
-        "sm_100": _FP32_FORWARD
-        | {
-            (2, 16): Tile(128, 128, 8, 2, True),
-            (2, 32): Tile(128, 128, 8, 2, True),
-            (2, 64): Tile(128, 128, 8, 2, True),
-            (2, 128): Tile(128, 128, 8, 2, True),
-            (2, 256): Tile(128, 64, 8, 2, True),
-        },
-        "gfx942": _FP32_FORWARD
-        | {
-            (2, 16): Tile(128, 64, 4, 1),
-            (2, 32): Tile(128, 64, 4, 1),
-            (2, 64): Tile(128, 64, 4, 1),
-            (2, 128): Tile(128, 64, 4, 1),
-            (2, 256): Tile(64, 32, 4, 1),
-        },
+        "fp32": _pointers((32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2), (32, 32, 8, 1), (16, 32, 8, 1)),
+        "sm_80": _pointers((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+        "sm_86": _pointers((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
+        "sm_90": _tma((128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
+        "sm_100": _tma((128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
+        "gfx942": _pointers((128, 64, 4, 1), (128, 64, 4, 1), (128, 64, 4, 1), (128, 64, 4, 1), (64, 32, 4, 1)),
     },
     "dkdv": {
-        "interpret": _INTERPRET,
-        "sm_80": _FP32_BACKWARD
-        | {
-            (2, 16): Tile(64, 128, 8, 2),
-            (2, 32): Tile(64, 128, 8, 2),
-            (2, 64): Tile(64, 128, 8, 2),
-            (2, 128): Tile(64, 64, 8, 2),
-            (2, 256): Tile(32, 64, 8, 1),
-        },
-        "sm_86": _FP32_BACKWARD
-        | {
-            (2, 16): Tile(64, 64, 4, 2),
-            (2, 32): Tile(64, 64, 4, 2),
-            (2, 64): Tile(64, 64, 4, 2),
-            (2, 128): Tile(32, 64, 8, 2),
-            (2, 256): Tile(16, 64, 8, 1),
-        },
-        "sm_90": _FP32_BACKWARD
-        | {
-            (2, 16): Tile(64, 128, 8, 2, True),
-            (2, 32): Tile(64, 128, 8, 2, True),
-            (2, 64): Tile(64, 128, 8, 2, True),
-            (2, 128): Tile(64, 128, 8, 2, True),
-            (2, 256): Tile(64, 64, 8, 1, True),
-        },
-        "sm_100": _FP32_BACKWARD
-        | {
-            (2, 16): Tile(64, 128, 8, 2, True),
-            (2, 32): Tile(64, 128, 8, 2, True),
-            (2, 64): Tile(64, 128, 8, 2, True),
-            (2, 128): Tile(64, 128, 8, 2, True),
-            (2, 256): Tile(64, 64, 8, 1, True),
-        },
-        "gfx942": _FP32_BACKWARD
-        | {
-            (2, 16): Tile(64, 64, 4, 1),
-            (2, 32): Tile(64, 64, 4, 1),
-            (2, 64): Tile(64, 64, 4, 1),
-            (2, 128): Tile(32, 64, 4, 1),
-            (2, 256): Tile(16, 64, 4, 1),
-        },
+        "fp32": _pointers((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+        "sm_80": _pointers((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
+        "sm_86": _pointers((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 8, 2), (16, 64, 8, 1)),
+        "sm_90": _tma((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 1)),
+        "sm_100": _tma((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 1)),
+        "gfx942": _pointers((64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1)),
     },
     "dq": {
-        "interpret": _INTERPRET,
-        "sm_80": _FP32_BACKWARD
-        | {
-            (2, 16): Tile(128, 64, 8, 2),
-            (2, 32): Tile(128, 64, 8, 2),
-            (2, 64): Tile(128, 64, 8, 2),
-            (2, 128): Tile(128, 64, 8, 2),
-            (2, 256): Tile(64, 32, 8, 1),
-        },
-        "sm_86": _FP32_BACKWARD
-        | {
-            (2, 16): Tile(64, 64, 4, 2),
-            (2, 32): Tile(64, 64, 4, 2),
-            (2, 64): Tile(64, 64, 4, 2),
-            (2, 128): Tile(64, 32, 4, 2),
-            (2, 256): Tile(64, 16, 8, 1),
-        },
-        "sm_90": _FP32_BACKWARD
-        | {
-            (2, 16): Tile(128, 64, 8, 2, True),
-            (2, 32): Tile(128, 64, 8, 2, True),
-            (2, 64): Tile(128, 64, 8, 2, True),
-            (2, 128): Tile(128, 64, 8, 2, True),
-            (2, 256): Tile(64, 64, 8, 1, True),
-        },
-        "sm_100": _FP32_BACKWARD
-        | {
-            (2, 16): Tile(128, 64, 8, 2, True),
-            (2, 32): Tile(128, 64, 8, 2, True),
-            (2, 64): Tile(128, 64, 8, 2, True),
-            (2, 128): Tile(128, 64, 8, 2, True),
-            (2, 256): Tile(64, 64, 8, 1, True),
-        },
-        "gfx942": _FP32_BACKWARD
-        | {
-            (2, 16): Tile(64, 64, 4, 1),
-            (2, 32): Tile(64, 64, 4, 1),
-            (2, 64): Tile(64, 64, 4, 1),
-            (2, 128): Tile(64, 32, 4, 1),
-            (2, 256): Tile(64, 16, 4, 1),
-        },
+        "fp32": _pointers((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+        "sm_80": _pointers((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
+        "sm_86": _pointers((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 8, 1)),
+        "sm_90": _tma((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
+        "sm_100": _tma((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
+        "gfx942": _pointers((64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1)),
     },
+    "decode": {
+        "fp32": _pointers((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
+        "sm_80": _pointers((16, 128, 4, 3), (16, 128, 4, 3), (16, 128, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
+        "sm_86": _pointers((16, 128, 4, 3), (16, 128, 4, 3), (16, 128, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
+        "sm_90": _tma((16, 128, 4, 3), (16, 128, 4, 3), (16, 128, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)),
+        "sm_100": _tma((16, 128, 4, 3), (16, 128, 4, 3), (16, 128, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)),
+        "gfx942": _pointers((16, 128, 4, 1), (16, 128, 4, 1), (16, 128, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1)),
+    },
+}
+# fmt: on
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+class RowTile(NamedTuple):
+    """One program's tile of `rows` x `block_n` elements; `holds_row` if a whole row fits in it."""
+
+    rows: int
+    block_n: int
+    num_warps: int
+    holds_row: bool
+
+
+class RowTable(NamedTuple):
+    """`whole`: (longest row, elements in a tile, warps), ascending: rows that a program keeps in registers, several to a
+    tile when short. `blocks`: (elements in a block, warps) for longer rows, one row (a split one in the norms' backward)
+    to a program."""
+
+    whole: tuple[tuple[int, int, int], ...]
+    blocks: tuple[int, int]
+
+
+def row_tile(arch, kernel, n_cols):
+    """Tile of `kernel` ("softmax_forward", "softmax_backward", "norm_forward", "norm_backward") for rows of n_cols."""
+    table = ROWS[table_arch(arch, ROWS)][kernel]
+    for longest, elements, num_warps in table.whole:
+        if n_cols <= longest:
+            block_n = max(16, 1 << (n_cols - 1).bit_length())
+            return RowTile(max(1, elements // block_n), block_n, num_warps, True)
+    return RowTile(1, *table.blocks, False)
+
+
+# Interpreted programs cost by the operation, hardly by the element: as many rows to a program as the cache bears.
+_INTERPRET_ROWS = RowTable(((65536, 65536, 4),), (65536, 4))
+
+# 16 to 32 elements per thread: enough loads in flight, and nothing spills.
+_NVIDIA_ROWS = {
+    "softmax_forward": RowTable(((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16), (32768, 32768, 32)), (8192, 16)),
+    "softmax_backward": RowTable(((2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16), (16384, 16384, 32)), (4096, 8)),
+    "norm_forward": RowTable(((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16), (32768, 32768, 32)), (8192, 16)),
+    "norm_backward": RowTable(((1024, 2048, 4), (2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16)), (2048, 4)),
+}
+_AMD_ROWS = {
+    "softmax_forward": RowTable(((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16)), (8192, 16)),
+    "softmax_backward": RowTable(((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16)), (4096, 8)),
+    "norm_forward": RowTable(((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16)), (8192, 16)),
+    "norm_backward": RowTable(((2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16)), (2048, 4)),
+}
+
+ROWS = {
+    "interpret": dict.fromkeys(_NVIDIA_ROWS, _INTERPRET_ROWS),
+    "sm_80": _NVIDIA_ROWS,
+    "sm_86": _NVIDIA_ROWS,
+    "sm_90": _NVIDIA_ROWS,
+    "sm_100": _NVIDIA_ROWS,
+    "gfx942": _AMD_ROWS,
 }

@@ -1,0 +1,154 @@
+"""Causal attention, forward (Dao, "FlashAttention-2", 2023, algorithm 1).
+
+For one head, with q (Tq, D), k and v (Tk, D), s_ij = scale * <q_i, k_j> and the keys that i sees (see tiles.py):
+
+    m_i = max_j s_ij    p_ij = exp(s_ij - m_i)    l_i = sum_j p_ij
+    out_i = sum_j p_ij v_j / l_i                  lse_i = m_i + log l_i
+
+A program owns BLOCK_Q queries of one head and walks over blocks of keys, keeping m, l and the unnormalized output `acc`
+in registers: scores never reach memory. When a block raises the maximum, l and acc are multiplied by
+exp(m_old - m_new). Exponentials are base 2, with scale * log2(e) applied after the dot product, so that each costs one
+fused multiply-add and one special-function operation. Dropout zeroes entries of p after they were counted in l.
+
+Saved for the backward: q, k, v, out and lse (fp32). Accumulators, softmax and lse are fp32; p is rounded to v's dtype
+for its product with v. Heaviest tiles (the last rows, which see most keys) start first.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels import _dropout, _runtime, _tuning
+from kernels._dropout import keep_mask, load_rng
+from kernels._runtime import cast, dot
+from kernels.attention.tiles import (
+    LOG2_E,
+    as_tiles,
+    empty_heads,
+    first_key,
+    head_of,
+    heads_per_section,
+    key_ranges,
+    load_tile,
+    padded_head_dim,
+    schedule,
+    store_tile,
+    strides,
+    visible,
+)
+
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def online_softmax_update(s, m, l, acc, scale_log2):
+    """Fold scores s (BLOCK_Q, BLOCK_K) into the running maximum, denominator and output; returns p too."""
+    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # rows that have seen no key yet
+    p = tl.exp2(s * scale_log2 - m_finite[:, None])
+    alpha = tl.exp2(m - m_finite)
+    return p, m_new, l * alpha + tl.sum(p, 1), acc * alpha[:, None]
+
+
+@triton.jit
+def attend(
+    m, l, acc, q, k_src, v_src, stride_kt, stride_vt, offs_q, first, b, h_kv, bh, start, end, Tq, Tk,
+    scale_log2, key, counter, threshold,
+    HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr, MASKED: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to the blocks of keys in [start, end)."""
+    for start_k in tl.range(start, end, BLOCK_K):
+        k = load_tile(k_src, b, h_kv, start_k, stride_kt, Tk, HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, MASKED)
+        s = dot(q, k.trans(1, 0), None, INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
+        if MASKED:
+            offs_k = start_k + tl.arange(0, BLOCK_K)
+            seen = visible(offs_q[:, None], offs_k[None, :], first[:, None], Tq, Tk, HAS_FIRST)
+            s = tl.where(seen, s, float("-inf"))
+        p, m, l, acc = online_softmax_update(s, m, l, acc, scale_log2)
+        if HAS_DROPOUT:
+            p = tl.where(keep_mask(key, counter, bh, offs_q, start_k, threshold, BLOCK_K), p, 0.0)
+        v = load_tile(v_src, b, h_kv, start_k, stride_vt, Tk, HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, MASKED)
+        acc = dot(cast(p, v.dtype), v, acc, INPUT_PRECISION)  # (BLOCK_Q, BLOCK_D)
+    return m, l, acc
+
+
+@triton.jit
+def attention_forward_kernel(
+    q_src, k_src, v_src, out_dst, lse_ptr, doc_start_ptr, rng_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_ob, stride_oh, stride_ot,
+    H, GROUP, Tq, Tk, num_heads, num_blocks, heads_per_section, window, scale_log2, threshold, rescale,
+    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, DTYPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    block, bh = schedule(num_blocks, num_heads, heads_per_section)
+    b, h = bh // H, bh % H
+    h_kv = h // GROUP
+    start_q = (num_blocks - 1 - block) * BLOCK_Q
+    offs_q = start_q + tl.arange(0, BLOCK_Q)
+    HAS_FIRST: tl.constexpr = HAS_WINDOW or HAS_DOCS
+    first = first_key(offs_q, doc_start_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS)
+    key, counter = tl.cast(0, tl.int64), tl.cast(0, tl.uint32)
+    if HAS_DROPOUT:
+        key, counter = load_rng(rng_ptr)
+
+    q_src = head_of(q_src, b, h, stride_qb, stride_qh, USE_TMA)
+    k_src = head_of(k_src, b, h_kv, stride_kb, stride_kh, USE_TMA)
+    v_src = head_of(v_src, b, h_kv, stride_vb, stride_vh, USE_TMA)
+    q = load_tile(q_src, b, h, start_q, stride_qt, Tq, HEAD_DIM, BLOCK_Q, BLOCK_D, USE_TMA, True)
+    m = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    l = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+
+    start, full, diagonal, end = key_ranges(
+        start_q, doc_start_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS, BLOCK_Q, BLOCK_K
+    )
+    if HAS_FIRST:
+        m, l, acc = attend(
+            m, l, acc, q, k_src, v_src, stride_kt, stride_vt, offs_q, first, b, h_kv, bh, start, full, Tq, Tk,
+            scale_log2, key, counter, threshold,
+            HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, True, HAS_FIRST, HAS_DROPOUT, INPUT_PRECISION,
+        )  # fmt: skip
+    m, l, acc = attend(
+        m, l, acc, q, k_src, v_src, stride_kt, stride_vt, offs_q, first, b, h_kv, bh, full, diagonal, Tq, Tk,
+        scale_log2, key, counter, threshold,
+        HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, False, HAS_FIRST, HAS_DROPOUT, INPUT_PRECISION,
+    )  # fmt: skip
+    m, l, acc = attend(
+        m, l, acc, q, k_src, v_src, stride_kt, stride_vt, offs_q, first, b, h_kv, bh, diagonal, end, Tq, Tk,
+        scale_log2, key, counter, threshold,
+        HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, True, HAS_FIRST, HAS_DROPOUT, INPUT_PRECISION,
+    )  # fmt: skip
+
+    out = acc * (rescale / tl.where(l == 0.0, 1.0, l))[:, None]
+    out_dst = head_of(out_dst, b, h, stride_ob, stride_oh, USE_TMA)
+    store_tile(out_dst, out, b, h, start_q, stride_ot, Tq, HEAD_DIM, BLOCK_Q, BLOCK_D, DTYPE, USE_TMA)
+    lse = (m + tl.log2(l)) * LN_2
+    tl.store(lse_ptr + bh.to(tl.int64) * Tq + offs_q, lse, mask=offs_q < Tq)
+
+
+def attention_forward(q, k, v, scale, dropout_p=0.0, rng=None, window=0, doc_start=None):
+    """Launch the forward: out (B, H, Tq, D) stored as (B, Tq, H, D), and lse (B, H, Tq) fp32."""
+    B, H, Tq, D = q.shape
+    Hkv, Tk = k.shape[1], k.shape[2]
+    tile = _tuning.attention_tile("forward", _runtime.arch(q.device), D, q.element_size())
+    block_d = padded_head_dim(D)
+    out = empty_heads(B, H, Tq, D, like=q)
+    lse = q.new_empty((B, H, Tq), dtype=torch.float32)
+    blocks = (tile.block_q, tile.block_k, tile.block_k, tile.block_q)
+    sources, use_tma = as_tiles((q, k, v, out), blocks, block_d, tile.use_tma)
+    num_blocks = triton.cdiv(Tq, tile.block_q)
+    threshold, rescale = _dropout.threshold_and_rescale(dropout_p)
+    _runtime.launch(
+        attention_forward_kernel, (num_blocks * B * H,),
+        *sources, lse, doc_start, rng, *strides(q), *strides(k), *strides(v), *strides(out),
+        H, H // Hkv, Tq, Tk, B * H, num_blocks, heads_per_section(k, H // Hkv), window,
+        scale * LOG2_E, threshold, rescale,
+        HEAD_DIM=D, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, BLOCK_D=block_d, USE_TMA=use_tma,
+        HAS_WINDOW=window > 0, HAS_DOCS=doc_start is not None, HAS_DROPOUT=dropout_p > 0.0,
+        DTYPE=_runtime.TL_DTYPES[q.dtype], INPUT_PRECISION=_runtime.fp32_precision(q.dtype),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out, lse

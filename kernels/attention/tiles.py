@@ -1,0 +1,216 @@
+"""What the attention kernels share: their grid, their tiles in memory, and which keys a query sees.
+
+Query i sees keys first(i) <= j <= i + Tk - Tq, causal at the bottom right, with
+first(i) = max(0, i + Tk - Tq - W + 1 with a window W, the start of i's document with packed documents).
+Both ends never decrease with i, so the blocks a tile must visit are one range, split in three: blocks cut by the left
+edge, blocks every row sees whole (no mask), and blocks cut by the diagonal.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels._runtime import cast
+
+L2_BYTES_FOR_KV = 24 * 2**20  # about half of an A100's or H100's L2
+
+
+# ---- inside the kernels ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def schedule(num_blocks, num_heads, heads_per_section):
+    """Program -> (block, batch-and-head). Sections of heads whose keys and values fit in L2 run one after the other;
+    inside one, block 0 of every head comes first."""
+    pid = tl.program_id(0)
+    section = pid // (num_blocks * heads_per_section)
+    first_head = section * heads_per_section
+    heads = tl.minimum(heads_per_section, num_heads - first_head)
+    within = pid - section * num_blocks * heads_per_section
+    return within // heads, first_head + within % heads
+
+
+@triton.jit
+def head_of(src, b, h, stride_b, stride_h, USE_TMA: tl.constexpr):
+    """Where head (b, h) of a (B, H, T, D) tensor begins; a descriptor is indexed instead."""
+    if USE_TMA:
+        return src
+    else:
+        return src + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+
+
+@triton.jit
+def tile_offsets(start, stride_t, T, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Offsets (BLOCK, BLOCK_D) from the start of the head, and which of them exist."""
+    rows = tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, BLOCK_D)
+    offsets = start.to(tl.int64) * stride_t + (rows[:, None] * stride_t + offs_d[None, :])
+    return offsets, (start + rows < T)[:, None] & (offs_d < HEAD_DIM)[None, :]
+
+
+@triton.jit
+def load_tile(
+    src, b, h, start, stride_t, T,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    USE_TMA: tl.constexpr, CHECK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rows start ... start + BLOCK - 1 of one head, (BLOCK, BLOCK_D), zero beyond T and HEAD_DIM. CHECK_ROWS=False
+    promises that all of them exist."""
+    start = tl.cast(start, tl.int32)
+    if USE_TMA:
+        return src.load([b, h, start, 0]).reshape(BLOCK, BLOCK_D)
+    else:
+        offsets, exists = tile_offsets(start, stride_t, T, HEAD_DIM, BLOCK, BLOCK_D)
+        if CHECK_ROWS:
+            return tl.load(src + offsets, mask=exists, other=0.0)
+        elif HEAD_DIM != BLOCK_D:
+            return tl.load(src + offsets, mask=(tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], other=0.0)
+        else:
+            return tl.load(src + offsets)
+
+
+@triton.jit
+def store_tile(
+    dst, tile, b, h, start, stride_t, T,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
+    """Write an fp32 tile (BLOCK, BLOCK_D) as DTYPE, nothing beyond T and HEAD_DIM."""
+    if USE_TMA:
+        dst.store([b, h, start, 0], cast(tile, DTYPE).reshape(1, 1, BLOCK, BLOCK_D))
+    else:
+        offsets, exists = tile_offsets(start, stride_t, T, HEAD_DIM, BLOCK, BLOCK_D)
+        tl.store(dst + offsets, cast(tile, DTYPE), mask=exists)
+
+
+@triton.jit
+def first_key(i, doc_start_ptr, Tq, Tk, window, HAS_WINDOW: tl.constexpr, HAS_DOCS: tl.constexpr):
+    """first(i) for one query or a vector of them."""
+    first = i * 0
+    if HAS_WINDOW:
+        first = tl.maximum(first, i + (Tk - Tq) - window + 1)
+    if HAS_DOCS:
+        first = tl.maximum(first, tl.load(doc_start_ptr + i, mask=i < Tq, other=0))
+    return first
+
+
+@triton.jit
+def visible(i, j, first, Tq, Tk, HAS_FIRST: tl.constexpr):
+    """Whether query i sees key j, for i, j and first(i) that broadcast to a tile."""
+    seen = j <= i + (Tk - Tq)
+    if HAS_FIRST:
+        seen = seen & (j >= first)
+    return seen
+
+
+@triton.jit
+def end_query(j, doc_end_ptr, Tq, Tk, window, HAS_WINDOW: tl.constexpr, HAS_DOCS: tl.constexpr):
+    """One more than the last query that sees key j, as far as window and documents go."""
+    end = Tq
+    if HAS_WINDOW:
+        end = tl.minimum(end, j + window - (Tk - Tq))
+    if HAS_DOCS:
+        end = tl.minimum(end, tl.load(doc_end_ptr + tl.minimum(j, Tk - 1)))
+    return end
+
+
+@triton.jit
+def key_ranges(
+    start_q, doc_start_ptr, Tq, Tk, window,
+    HAS_WINDOW: tl.constexpr, HAS_DOCS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """start, full, diagonal, end: blocks of keys [start, full) are cut by the left edge of what queries
+    start_q ... start_q + BLOCK_Q - 1 see, [full, diagonal) are seen whole, [diagonal, end) are cut by the diagonal."""
+    last_q = tl.minimum(start_q + BLOCK_Q, Tq) - 1
+    end = last_q + (Tk - Tq) + 1
+    diagonal = (start_q + (Tk - Tq) + 1) // BLOCK_K * BLOCK_K
+    start = start_q * 0
+    full = start_q * 0
+    if HAS_WINDOW or HAS_DOCS:
+        start = first_key(start_q, doc_start_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS) // BLOCK_K * BLOCK_K
+        full = tl.cdiv(first_key(last_q, doc_start_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS), BLOCK_K) * BLOCK_K
+    full = tl.minimum(full, end)
+    return start, full, tl.maximum(full, diagonal), end
+
+
+@triton.jit
+def query_ranges(
+    start_k, doc_end_ptr, Tq, Tk, window,
+    HAS_WINDOW: tl.constexpr, HAS_DOCS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """start, full, edge, end: blocks of queries [start, full) see keys start_k ... start_k + BLOCK_K - 1 cut by the
+    diagonal, [full, edge) see them whole, [edge, end) are cut by window, document or the last query."""
+    last_k = tl.minimum(start_k + BLOCK_K, Tk) - 1
+    start = tl.maximum(start_k - (Tk - Tq), 0) // BLOCK_Q * BLOCK_Q
+    full = tl.cdiv(tl.maximum(start_k + BLOCK_K - 1 - (Tk - Tq), 0), BLOCK_Q) * BLOCK_Q
+    end = end_query(last_k, doc_end_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS)
+    edge = end_query(start_k, doc_end_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS)
+    edge = tl.minimum(edge, end) // BLOCK_Q * BLOCK_Q
+    full = tl.minimum(full, end)
+    return start, full, tl.maximum(full, edge), end
+
+
+# ---- on the host -----------------------------------------------------------------------------------------------------
+
+
+class Strides(NamedTuple):
+    b: int
+    h: int
+    t: int
+
+
+def padded_head_dim(head_dim):
+    """The power of two, at least 16 (the tensor cores' K), that holds a head."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def readable(x):
+    """x (B, H, T, D) itself if the kernels can read it in place, else a contiguous copy: the last stride must be 1 and
+    a tile's rows must lie within 2^31 elements of each other."""
+    in_place = (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(2) * 256 < 2**31
+    return x if in_place else x.contiguous()
+
+
+def tma_strides(x):
+    """x's strides as a tensor map takes them (those of one-element dimensions are free), or None if it cannot."""
+    dense = max(1, x.shape[-1])
+    strides = [s if n > 1 else max(dense, 16) for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
+    aligned = x.data_ptr() % 16 == 0 if x.device.type != "meta" else True
+    if not aligned or any(s == 0 or s * x.element_size() % 16 or s * x.element_size() >= 2**40 for s in strides):
+        return None
+    return [*strides, 1]
+
+
+def as_tiles(tensors, blocks, block_d, use_tma):
+    """Kernel arguments for (B, H, T, D) tensors read in tiles of `blocks` rows: tensor descriptors for all of them, or
+    the tensors themselves. Returns (arguments, whether they are descriptors)."""
+    strides = [tma_strides(x) for x in tensors] if use_tma else [None]
+    if any(s is None for s in strides):
+        return list(tensors), False
+    return [
+        TensorDescriptor(x, list(x.shape), s, [1, 1, block, block_d])
+        for x, s, block in zip(tensors, strides, blocks, strict=True)
+    ], True
+
+
+def strides(x):
+    return Strides(x.stride(0), x.stride(1), x.stride(2))
+
+
+def empty_heads(batch, heads, tokens, head_dim, like, dtype=None):
+    """Uninitialized (B, H, T, D) laid out as (B, T, H, D): merging the heads afterwards is free."""
+    return torch.empty(batch, tokens, heads, head_dim, dtype=dtype or like.dtype, device=like.device).transpose(1, 2)
+
+
+def heads_per_section(streamed, programs_sharing, heads_read=1):
+    """How many heads run together so that the two tensors like `streamed` that they walk over stay in L2, when
+    `programs_sharing` heads walk over the same ones, or each head walks over `heads_read` of them."""
+    bytes_per_head = 2 * streamed.shape[2] * streamed.shape[3] * streamed.element_size() * heads_read
+    return programs_sharing * max(1, L2_BYTES_FOR_KV // bytes_per_head)
+
+
+LOG2_E = math.log2(math.e)
