@@ -1,0 +1,84 @@
+"""The command line that all benches share."""
+
+import argparse
+import sys
+
+import torch
+
+from gptlib.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MODES = ("fwd", "bwd", "fwd+bwd")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line and exits with 2."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def positive(text):
+    """An integer of at least 1."""
+    if not text.strip().isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def positives(text):
+    """Comma-separated positive integers."""
+    return [positive(part) for part in text.split(",")]
+
+
+def seconds(text):
+    """A positive number of seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
+
+
+def names(text):
+    """Comma-separated names."""
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError("at least one name is needed")
+    return found
+
+
+def one_of(known):
+    """Comma-separated names out of `known`."""
+
+    def parse(text):
+        for name in names(text):
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is unknown; known: {', '.join(known)}")
+        return names(text)
+
+    return parse
+
+
+def parser(description):
+    """The flags common to every bench."""
+    p = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p.add_argument("--device", default="auto", help="auto, cuda, cuda:1 or cpu")
+    p.add_argument("--out", default="runs/bench", metavar="DIR", help="where the CSV and JSON go")
+    p.add_argument("--publish", action="store_true", help="also replace this bench's files under results/")
+    p.add_argument("--commit", help="commit id to record, for a checkout without git")
+    p.add_argument("--profile", action="store_true", help="also write a Chrome trace and print the top kernels")
+    return p
+
+
+def run(main, argv=None):
+    """Exit status of `main(argv)`: 2 and one line on stderr for a user's mistake, 130 when interrupted."""
+    try:
+        main(argv)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,143 @@
+"""How time and memory are measured, on a GPU and on a CPU, and the ceilings that every figure is held against.
+
+GPU: device events around the step. Before each repeat a buffer larger than any L2 cache is overwritten, several times
+over: the step finds its inputs in memory, not in the cache, and while the device is busy with that the host has time to
+queue the whole step, so that launch overhead is not counted as kernel time. CPU: the host's clock, no flush.
+"""
+
+import gc
+import os
+import statistics
+import time
+
+import torch
+
+MIB = 2**20
+FLUSH_BYTES = 256 * MIB  # five times an H100's L2
+FLUSH_PASSES = 3  # about 0.3 ms on an H100: longer than it takes to queue an eager backward
+MOST_REPEATS, LEAST_REPEATS = 200, 3
+
+
+class DeviceTimer:
+    """CUDA (or ROCm) events. `repeat(step, prepare, times)` gives one duration in milliseconds per repeat."""
+
+    def __init__(self, device):
+        self.device = torch.device(device)
+        self.flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def repeat(self, step, prepare, times):
+        events = []
+        for _ in range(times):
+            prepared = prepare()
+            for _ in range(FLUSH_PASSES):
+                self.flushed.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step(prepared)
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize(self.device)
+        return [start.elapsed_time(end) for start, end in events]
+
+    def now(self):
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def extra_memory(self, run):
+        """Most bytes allocated at once while `run()` runs, beyond those allocated before it."""
+        gc.collect()
+        torch.cuda.synchronize(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        run()
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+
+class HostTimer:
+    """The host's clock and, for memory, the CPU allocator's own record."""
+
+    def repeat(self, step, prepare, times):
+        durations = []
+        for _ in range(times):
+            prepared = prepare()
+            start = time.perf_counter()
+            step(prepared)
+            durations.append(1e3 * (time.perf_counter() - start))
+        return durations
+
+    def now(self):
+        return time.perf_counter()
+
+    def extra_memory(self, run):
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would report its own start and stop
+        gc.collect()
+        with torch.autograd.profiler.profile(use_kineto=True, profile_memory=True) as profile:
+            run()
+        events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+        held = peak = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak
+
+
+def timer_for(device):
+    return DeviceTimer(device) if torch.device(device).type == "cuda" else HostTimer()
+
+
+def sample(timer, step, prepare=lambda: None, *, budget_s):
+    """Durations in ms of `step(prepare())`, only the step timed: as many repeats as `budget_s` seconds hold, after two
+    that compile, allocate and warm up."""
+    timer.repeat(step, prepare, 2)
+    start = timer.now()
+    timer.repeat(step, prepare, 1)
+    cost = max(timer.now() - start, 1e-6)
+    return timer.repeat(step, prepare, min(MOST_REPEATS, max(LEAST_REPEATS, int(budget_s / cost))))
+
+
+def percentiles(durations):
+    """(p20, p50, p80) of a list of durations."""
+    if len(durations) == 1:
+        return (durations[0],) * 3
+    deciles = statistics.quantiles(durations, n=10, method="inclusive")
+    return deciles[1], statistics.median(durations), deciles[7]
+
+
+def measure_ceilings(timer, device, dtypes, budget_s):
+    """{"matmul <dtype>": TFLOP/s, ..., "copy": GB/s}: what a large matrix product and a large copy reach here and now.
+
+    The copy's bytes are those read plus those written.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    ceilings = {}
+    for dtype in dtypes:
+        size = 1024 if not on_gpu else 4096 if dtype == torch.float32 else 8192
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        p50_ms = percentiles(sample(timer, lambda _, a=a, b=b: a @ b, budget_s=budget_s))[1]
+        ceilings[f"matmul {dtype_name(dtype)}"] = 2 * size**3 / p50_ms / 1e9
+        del a, b
+    source = torch.randn((1024 if on_gpu else 128) * MIB // 4, device=device)
+    target = torch.empty_like(source)
+    p50_ms = percentiles(sample(timer, lambda _: target.copy_(source), budget_s=budget_s))[1]
+    ceilings["copy"] = 2 * source.numel() * 4 / p50_ms / 1e6
+    return ceilings
+
+
+def dtype_name(dtype):
+    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that a device or the host ran out of memory."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
+def free_memory():
+    """Give back what a failed or finished measurement held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
