@@ -46,7 +46,7 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
-    """acc (M, N), None for 0, + a (M, K) @ b (K, N) in fp32. INPUT_PRECISION, "ieee" or "tf32", is for fp32 operands."""
+    """acc (M, N), None for 0, + a (M, K) @ b (K, N) in fp32. INPUT_PRECISION: "ieee" or "tf32", for fp32 operands."""
     if IS_INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
