@@ -106,12 +106,11 @@ class RowTile(NamedTuple):
 
 
 class RowTable(NamedTuple):
-    """`whole`: (longest row, elements in a tile, warps), ascending: rows that a program keeps in registers, several to a
-    tile when short. `blocks`: (elements in a block, warps) for longer rows, one row (a split one in the norms' backward)
-    to a program."""
+    """`whole`: (longest row, elements in a tile, warps), ascending: rows that a program keeps in registers, several to
+    a tile when short. `blocks`: (rows, elements in a block, warps) for longer rows."""
 
     whole: tuple[tuple[int, int, int], ...]
-    blocks: tuple[int, int]
+    blocks: tuple[int, int, int]
 
 
 def row_tile(arch, kernel, n_cols):
@@ -121,24 +120,28 @@ def row_tile(arch, kernel, n_cols):
         if n_cols <= longest:
             block_n = max(16, 1 << (n_cols - 1).bit_length())
             return RowTile(max(1, elements // block_n), block_n, num_warps, True)
-    return RowTile(1, *table.blocks, False)
+    return RowTile(*table.blocks, False)
 
 
 # Interpreted programs cost by the operation, hardly by the element: as many rows to a program as the cache bears.
-_INTERPRET_ROWS = RowTable(((65536, 65536, 4),), (65536, 4))
+_INTERPRET_ROWS = RowTable(((65536, 65536, 4),), (1, 65536, 4))
 
 # 16 to 32 elements per thread: enough loads in flight, and nothing spills.
 _NVIDIA_ROWS = {
-    "softmax_forward": RowTable(((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16), (32768, 32768, 32)), (8192, 16)),
-    "softmax_backward": RowTable(((2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16), (16384, 16384, 32)), (4096, 8)),
-    "norm_forward": RowTable(((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16), (32768, 32768, 32)), (8192, 16)),
-    "norm_backward": RowTable(((1024, 2048, 4), (2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16)), (2048, 4)),
+    "softmax_forward": RowTable(
+        ((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16), (32768, 32768, 32)), (1, 8192, 16)
+    ),
+    "softmax_backward": RowTable(
+        ((2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16), (16384, 16384, 32)), (1, 4096, 8)
+    ),
+    "norm_forward": RowTable(((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16), (32768, 32768, 32)), (1, 8192, 16)),
+    "norm_backward": RowTable(((1024, 2048, 4), (2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16)), (1, 2048, 4)),
 }
 _AMD_ROWS = {
-    "softmax_forward": RowTable(((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16)), (8192, 16)),
-    "softmax_backward": RowTable(((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16)), (4096, 8)),
-    "norm_forward": RowTable(((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16)), (8192, 16)),
-    "norm_backward": RowTable(((2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16)), (2048, 4)),
+    "softmax_forward": RowTable(((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16)), (1, 8192, 16)),
+    "softmax_backward": RowTable(((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16)), (1, 4096, 8)),
+    "norm_forward": RowTable(((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16)), (1, 8192, 16)),
+    "norm_backward": RowTable(((2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16)), (1, 2048, 4)),
 }
 
 ROWS = {
