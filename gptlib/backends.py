@@ -1,0 +1,195 @@
+"""Names to callables: the one place that knows which implementations exist, and the only file that imports kernels.
+
+A name is resolved once, when a model is built. `attention(name)` gives f(q, k, v, *, scale=None, dropout_p=0.0) on
+(B, H, T, D) tensors, causal at the bottom right; `norm(name)` gives f(x, weight, bias, eps); `loss(name)` gives
+f(x, head_weight, targets). `package.module:function` names anyone's own function for the first two.
+"""
+
+import functools
+import importlib
+import inspect
+import math
+import os
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from gptlib import reference
+from gptlib.errors import UserError
+
+INTERPRETER_NOTE = "triton without a GPU runs in Triton's interpreter: right to the last digit that counts, but slow"
+
+
+def sdpa(q, k, v, *, scale=None, dropout_p=0.0):
+    """torch's scaled_dot_product_attention. Its is_causal is aligned top-left, so Tq < Tk takes a mask object."""
+    Tq, Tk = q.shape[2], k.shape[2]
+    mask = None
+    if 1 < Tq < Tk:
+        from torch.nn.attention.bias import causal_lower_right
+
+        mask = causal_lower_right(Tq, Tk)
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=1 < Tq == Tk, scale=scale, enable_gqa=gqa)
+
+
+def sdpa_with(backend):
+    """sdpa held to one of torch's own implementations; it raises RuntimeError where that one cannot run."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def attend(q, k, v, *, scale=None, dropout_p=0.0):
+        with sdpa_kernel(SDPBackend[backend]):
+            return sdpa(q, k, v, scale=scale, dropout_p=dropout_p)
+
+    return attend
+
+
+def flex():
+    """torch's FlexAttention, compiled. It has no dropout, and no backward on a CPU."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    @functools.lru_cache(maxsize=16)
+    def block_mask(Tq, Tk, device):
+        return create_block_mask(lambda b, h, i, j: j <= i + (Tk - Tq), None, None, Tq, Tk, device=device)
+
+    def attend(q, k, v, *, scale=None, dropout_p=0.0):
+        if dropout_p > 0:
+            raise ValueError(f"flex has no dropout on the attention weights, got dropout_p={dropout_p}")
+        mask = block_mask(q.shape[2], k.shape[2], q.device)
+        return compiled(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+    return attend
+
+
+def triton_softmax():
+    """Matrix products by torch, the causal softmax between them by our kernel."""
+    causal_softmax = kernel("causal_softmax")
+
+    def attend(q, k, v, *, scale=None, dropout_p=0.0):
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+        weights = causal_softmax(q @ k.transpose(-2, -1), scale)  # (B, H, Tq, Tk)
+        return F.dropout(weights, dropout_p) @ v
+
+    return attend
+
+
+def torch_layer_norm(x, weight, bias, eps=1e-5):
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def torch_head_loss(x, weight, targets):
+    return F.cross_entropy(F.linear(x, weight).flatten(0, -2).float(), targets.flatten())
+
+
+# name -> a function without arguments that gives the callable, and may import what it needs
+ATTENTION = {
+    "reference": lambda: reference.causal_attention,
+    "sdpa": lambda: sdpa,
+    "sdpa-math": lambda: sdpa_with("MATH"),
+    "sdpa-flash": lambda: sdpa_with("FLASH_ATTENTION"),
+    "sdpa-efficient": lambda: sdpa_with("EFFICIENT_ATTENTION"),
+    "sdpa-cudnn": lambda: sdpa_with("CUDNN_ATTENTION"),
+    "flex": flex,
+    "triton-softmax": triton_softmax,
+    "triton": lambda: kernel("causal_attention"),
+}
+NORM = {
+    "reference": lambda: reference.layer_norm,
+    "torch": lambda: torch_layer_norm,
+    "triton": lambda: kernel("layer_norm"),
+}
+LOSS = {
+    "reference": lambda: reference.head_loss,
+    "torch": lambda: torch_head_loss,
+}
+
+
+def attention(name):
+    """The callable of a name in ATTENTION, or of `package.module:function`."""
+    return _resolve("attn", name, ATTENTION, "(q, k, v, *, scale=None, dropout_p=0.0)", _call_as_attention)
+
+
+def norm(name):
+    """The callable of a name in NORM, or of `package.module:function`."""
+    return _resolve("norm", name, NORM, "(x, weight, bias, eps=1e-5)", _call_as_norm)
+
+
+def loss(name):
+    """The callable of a name in LOSS."""
+    if name not in LOSS:
+        raise UserError(f"loss {name!r} is unknown; it can be {', '.join(LOSS)}")
+    return LOSS[name]()
+
+
+def kernel(op):
+    """One of our Triton kernels, or a UserError where Triton cannot be imported."""
+    try:
+        import kernels
+
+        return getattr(kernels, op)
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.split(".")[0] != "triton":
+            raise
+        raise UserError(
+            f"triton cannot be imported ({e}); install it (Linux: pip install triton), or use --attn sdpa --norm torch"
+        ) from None
+
+
+def default_names(device):
+    """(attn, norm) for a device: our kernels on a GPU, torch's own on a CPU, where Triton is only interpreted."""
+    return ("triton", "triton") if device.type == "cuda" else ("sdpa", "torch")
+
+
+def is_interpreted(attn, norm, device):
+    """Whether one of these names runs our kernels without a GPU."""
+    return device.type == "cpu" and any(name.startswith("triton") for name in (attn, norm))
+
+
+def check_training(name, *, device, n_heads, head_dim, dropout_p, dtype=torch.float32):
+    """UserError unless this kind of attention can train here: what is known to fail, then eight positions tried."""
+    if name == "flex" and dropout_p > 0:
+        raise UserError(f"--attn flex has no dropout: give --drop-rate 0 (it is {dropout_p}) or another --attn")
+    if name == "flex" and device.type == "cpu":
+        raise UserError("--attn flex has no backward on a CPU: use --attn sdpa, or a GPU")
+    if name in ("reference", "sdpa", "flex"):
+        return
+    q = torch.zeros(1, 8, n_heads, head_dim, device=device, dtype=dtype, requires_grad=True)
+    try:
+        heads_first = q.transpose(1, 2)
+        out = attention(name)(heads_first, heads_first, heads_first, scale=None, dropout_p=dropout_p)
+        out.transpose(1, 2).reshape(1, 8, -1).sum().backward()
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise UserError(f"--attn {name} cannot train here: {reason}; use another --attn, such as sdpa") from e
+
+
+def _resolve(flag, name, known, signature, call):
+    if name in known:
+        return known[name]()
+    accepted = f"{', '.join(known)} or package.module:function with the signature {signature}"
+    module_name, colon, function_name = name.partition(":")
+    if not (colon and module_name and function_name):
+        raise UserError(f"--{flag} {name}: unknown; it can be {accepted}")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, SyntaxError) as e:
+        raise UserError(f"--{flag} {name}: cannot be imported ({e}); it can be {accepted}") from e
+    try:
+        call(inspect.signature(function))
+    except TypeError as e:
+        raise UserError(f"--{flag} {name}: cannot be called as {signature} ({e})") from e
+    return function
+
+
+def _call_as_attention(signature):
+    signature.bind("q", "k", "v", scale=None, dropout_p=0.0)
+
+
+def _call_as_norm(signature):
+    signature.bind("x", "weight", "bias", 1e-5)
