@@ -153,13 +153,19 @@ def known_names(op):
     return sorted(names, key=lambda name: (name != "reference") + (name == "triton"))
 
 
+def check_known(ops, name):
+    """UserError for a provider that none of the ops has."""
+    known = list(dict.fromkeys(n for op in ops for n in known_names(op)))
+    takes_functions = all(op in BACKENDS for op in ops)
+    if name in known or (":" in name and takes_functions):
+        return
+    functions = ", or package.module:function" if takes_functions else ""
+    raise UserError(f"provider {name!r} is unknown; {', '.join(ops)} can use {', '.join(known)}{functions}")
+
+
 def resolve(op, names):
-    """Names -> (providers, lines about the ones that are missing here). UserError for a name nobody knows."""
+    """Known names -> (providers, lines about the ones that are missing here)."""
     from_registry = BACKENDS[op][1] if op in BACKENDS else None
-    for name in names:
-        if name not in known_names(op) and not (":" in name and from_registry):
-            own = ", or package.module:function" if from_registry else ""
-            raise UserError(f"provider {name!r} of {op} is unknown; known: {', '.join(known_names(op))}{own}")
     found, missing = [], []
     for name in dict.fromkeys(names):
         try:

@@ -32,11 +32,12 @@ def compare_providers(rows, keys, value, *, lowest=False, digits=1):
     lines = []
     for group, by_provider in groups.items():
         values = {p: row[value] for p, row in by_provider.items() if row.get(value) is not None}
-        best = (min if lowest else max)(values, key=values.get) if values else None
+        best = f"{(min if lowest else max)(values.values()):.{digits}f}" if values else None
         cells = []
         for provider in providers:
             if provider in values:
-                cells.append(f"{values[provider]:.{digits}f}" + (BEST if provider == best else " "))
+                cell = f"{values[provider]:.{digits}f}"
+                cells.append(cell + (BEST if cell == best else " "))
             else:
                 cells.append((by_provider[provider]["status"] if provider in by_provider else "-") + " ")
         lines.append([*group, *cells])

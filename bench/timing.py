@@ -105,7 +105,7 @@ def percentiles(durations):
 
 
 def measure_ceilings(timer, device, dtypes, budget_s):
-    """{"matmul <dtype>": TFLOP/s, ..., "copy": GB/s}: what a large matrix product and a large copy reach here and now.
+    """{"matmul <dtype>": FLOP/s, ..., "copy": bytes/s}: what a large matrix product and a large copy reach here.
 
     The copy's bytes are those read plus those written.
     """
@@ -115,12 +115,12 @@ def measure_ceilings(timer, device, dtypes, budget_s):
         size = 1024 if not on_gpu else 4096 if dtype == torch.float32 else 8192
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         p50_ms = percentiles(sample(timer, lambda _, a=a, b=b: a @ b, budget_s=budget_s))[1]
-        ceilings[f"matmul {dtype_name(dtype)}"] = 2 * size**3 / p50_ms / 1e9
+        ceilings[f"matmul {dtype_name(dtype)}"] = 2 * size**3 / p50_ms * 1e3
         del a, b
     source = torch.randn((1024 if on_gpu else 128) * MIB // 4, device=device)
     target = torch.empty_like(source)
     p50_ms = percentiles(sample(timer, lambda _: target.copy_(source), budget_s=budget_s))[1]
-    ceilings["copy"] = 2 * source.numel() * 4 / p50_ms / 1e6
+    ceilings["copy"] = 2 * source.numel() * 4 / p50_ms * 1e3
     return ceilings
 
 
