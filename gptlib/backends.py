@@ -38,7 +38,7 @@ def sdpa_with(backend):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def attend(q, k, v, *, scale=None, dropout_p=0.0):
-        with sdpa_kernel(SDPBackend[backend]):
+        with sdpa_kernel(getattr(SDPBackend, backend)):
             return sdpa(q, k, v, scale=scale, dropout_p=dropout_p)
 
     return attend
@@ -162,7 +162,7 @@ def check_training(name, *, device, n_heads, head_dim, dropout_p, dtype=torch.fl
         heads_first = q.transpose(1, 2)
         out = attention(name)(heads_first, heads_first, heads_first, scale=None, dropout_p=dropout_p)
         out.transpose(1, 2).reshape(1, 8, -1).sum().backward()
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as e:
+    except (RuntimeError, ValueError, TypeError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise UserError(f"--attn {name} cannot train here: {reason}; use another --attn, such as sdpa") from e
 

@@ -1,0 +1,140 @@
+"""Names to callables: every implementation against the reference, and clear words for what cannot be."""
+
+import sys
+
+import pytest
+import torch
+
+from gptlib import backends, reference
+from gptlib.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def inputs(device, H=4, Hkv=4, Tq=9, Tk=9, D=16):
+    def heads(h, t):  # as the model passes them: (B, T, H, D) memory seen as (B, H, T, D)
+        return torch.randn(2, t, h, D, device=device).transpose(1, 2).requires_grad_()
+
+    return heads(H, Tq), heads(Hkv, Tk), heads(Hkv, Tk)
+
+
+def output_and_gradients(function, tensors, **options):
+    out = function(*tensors, **options)
+    gradients = torch.autograd.grad(out, tensors, torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out))
+    return out, *gradients
+
+
+ANYWHERE = ["reference", "sdpa", "sdpa-math", "triton-softmax", "triton"]
+
+
+@pytest.mark.parametrize("shape", [{}, {"Tq": 1}, {"Tq": 4}, {"Hkv": 2}, {"Tq": 3, "Hkv": 1}], ids=str)
+@pytest.mark.parametrize("name", ANYWHERE)
+def test_attention_equals_the_reference(name, shape, device):
+    tensors = inputs(device, **shape)
+    for scale in (None, 0.2):
+        expected = output_and_gradients(reference.causal_attention, tensors, scale=scale)
+        got = output_and_gradients(backends.attention(name), tensors, scale=scale, dropout_p=0.0)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ANYWHERE)
+def test_attention_drops_weights(name, device):
+    q, k, _ = inputs(device, D=16, Tq=16, Tk=16)
+    identity = torch.eye(16, device=device).expand(2, 4, 16, 16)  # the output is then the weights themselves
+    q, k = torch.zeros_like(q), torch.zeros_like(k)  # which are 1 / (i + 1)
+    dropped = backends.attention(name)(q, k, identity, dropout_p=0.25)
+    weights = reference.causal_attention(q, k, identity)
+    kept = dropped[weights > 0] > 0
+    assert 0.65 < kept.float().mean() < 0.85
+    torch.testing.assert_close(dropped[dropped > 0], weights[dropped > 0] / 0.75, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("name", backends.NORM)
+def test_norm_equals_the_reference(name, device):
+    x = torch.randn(3, 5, 24, device=device, requires_grad=True)
+    weight, bias = (torch.randn(24, device=device, requires_grad=True) for _ in range(2))
+    expected = output_and_gradients(reference.layer_norm, (x, weight, bias), eps=1e-3)
+    for a, b in zip(output_and_gradients(backends.norm(name), (x, weight, bias), eps=1e-3), expected, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_losses_agree():
+    x, weight, targets = torch.randn(2, 3, 8), torch.randn(11, 8), torch.randint(11, (2, 3))
+    results = [backends.loss(name)(x, weight, targets) for name in backends.LOSS]
+    torch.testing.assert_close(results[0], results[1])
+    with pytest.raises(UserError, match="reference, torch"):
+        backends.loss("fused")
+
+
+@pytest.fixture
+def own_kernels(tmp_path, monkeypatch):
+    (tmp_path / "own_kernels.py").write_text(
+        "from gptlib.reference import layer_norm as norm\\n"
+        "def attend(q, k, v, *, scale=None, dropout_p=0.0):\\n    return v\\n"
+        "def short(q, k, v):\\n    return v\\n"
+        "def broken(q, k, v, *, scale=None, dropout_p=0.0):\\n    raise RuntimeError('no such device')\\n"
+        "number = 3\\n".replace("\\n", "\n")
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    yield
+    sys.modules.pop("own_kernels", None)
+
+
+def test_anyones_kernel_is_found_in_the_working_directory(own_kernels):
+    v = torch.randn(1, 2, 3, 4)
+    assert backends.attention("own_kernels:attend")(v, v, v) is v
+    assert backends.norm("own_kernels:norm") is reference.layer_norm
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("flash", r"--attn flash: unknown; it can be reference, sdpa, .*package\.module:function"),
+        ("own_kernels:", "unknown"),
+        ("no_such_package.kernel:attend", "cannot be imported .*no_such_package.*reference, sdpa"),
+        ("own_kernels:missing", "cannot be imported .*missing"),
+        ("own_kernels:short", r"cannot be called as \(q, k, v, \*, scale=None, dropout_p=0\.0\)"),
+        ("own_kernels:number", "cannot be called"),
+    ],
+)
+def test_names_that_mean_nothing(own_kernels, name, message):
+    with pytest.raises(UserError, match=message) as e:
+        backends.attention(name)
+    assert "\n" not in str(e.value)
+
+
+def check(name, dropout_p=0.0):
+    backends.check_training(name, device=CPU, n_heads=2, head_dim=8, dropout_p=dropout_p)
+
+
+def test_what_cannot_train_is_refused(own_kernels):
+    with pytest.raises(UserError, match=r"flex has no dropout: give --drop-rate 0 \(it is 0.1\)"):
+        check("flex", 0.1)
+    with pytest.raises(UserError, match="flex has no backward on a CPU"):
+        check("flex")
+    with pytest.raises(UserError, match="sdpa-cudnn cannot train here: "):
+        check("sdpa-cudnn")
+    with pytest.raises(UserError, match="own_kernels:broken cannot train here: no such device"):
+        check("own_kernels:broken")
+    for name in (*ANYWHERE, "own_kernels:attend"):
+        check(name, 0.1)
+
+
+def test_defaults_by_device():
+    assert backends.default_names(CPU) == ("sdpa", "torch")
+    assert backends.default_names(torch.device("cuda")) == ("triton", "triton")
+    assert not backends.is_interpreted("sdpa", "torch", CPU)
+    assert backends.is_interpreted("sdpa", "triton", CPU) and backends.is_interpreted("triton-softmax", "torch", CPU)
+    assert not backends.is_interpreted("triton", "triton", torch.device("cuda"))
+
+
+@pytest.mark.deep
+def test_flex_equals_the_reference(device):
+    attend = backends.attention("flex")
+    for shape in ({"Tq": 128, "Tk": 128}, {"Tq": 5, "Tk": 128}):
+        tensors = [t.detach() for t in inputs(device, **shape)]
+        torch.testing.assert_close(attend(*tensors), reference.causal_attention(*tensors), atol=2e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="no dropout"):
+        attend(*tensors, dropout_p=0.1)
