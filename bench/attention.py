@@ -13,6 +13,7 @@ q, k, v, out, dout read, dq, dk, dv written.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as a script: the checkout belongs on the path, not bench/
@@ -20,7 +21,8 @@ if not __package__:  # run as a script: the checkout belongs on the path, not be
 
 import torch
 
-from bench import command, harness
+from bench import command, compile_cases, harness
+from bench.compiled import Case
 
 GPU_TOKENS, GPU_WIDTH, CPU_HEADS = 16384, 2048, 4
 GATE_SEQ = (64, 2048)  # the checked sequence length stays between these
@@ -71,6 +73,10 @@ class Attention(harness.KernelBench):
         least, most = GATE_SEQ
         seq = min(max(min(c["seq"] for c in cases), least), most)
         return {**case, "batch": 1, "heads": min(4, case["heads"]), "seq": seq, "dropout": 0.0}
+
+    def compile_case(self, case):
+        call = partial(compile_cases.attention, "bfloat16", case["head_dim"], dropout_p=case["dropout"])
+        return Case(f"attention-d{case['head_dim']}", call, {})
 
 
 def rate(text):

@@ -14,12 +14,14 @@ providers in turn, in one process, on the same random inputs. What happens to a 
 `fwd` is a forward that saves what a backward needs, `bwd` the backward alone, `fwd+bwd` both.
 """
 
+import contextlib
 import sys
 
 import torch
 from tqdm import tqdm
 
-from bench import command, environment, gate, output, providers, timing
+from bench import command, compiled, environment, gate, output, providers, timing, tracing
+from bench.against import OtherCommit
 from bench.gate import as_tuple
 from gptlib.device import choose_device
 
@@ -65,12 +67,22 @@ class KernelBench:
         """For a gradient that is a sum over rows, how many; else None (the error rule's sqrt law)."""
         return None
 
+    def compile_case(self, case):
+        """The call that the compile report makes for this op and shape (bench/compiled.py), in bf16."""
+        raise NotImplementedError
+
 
 # ---- timing ----------------------------------------------------------------------------------------------------------
 
 
-def measure(bench, function, inputs, case, mode, timer, budget_s):
-    """Times and memory of one provider on one case and mode, as columns."""
+def timing_inputs(bench, case, device):
+    """The inputs that every provider is timed on."""
+    torch.manual_seed(SEED)
+    return bench.inputs(case, device)
+
+
+def steps_of(bench, function, inputs, case, mode):
+    """(step, prepare) of a mode: `step(prepare())` with only the step to be timed."""
     wanted = [x for x in inputs.values() if x.requires_grad]
     outs = as_tuple(bench.call(function, inputs, case))
     upstream = [torch.randn_like(o) for o in outs]
@@ -82,11 +94,16 @@ def measure(bench, function, inputs, case, mode, timer, budget_s):
     def backward(outs):
         return torch.autograd.grad(outs, wanted, upstream)
 
-    step, prepare = {
+    return {
         "fwd": (forward, lambda: None),
         "bwd": (backward, forward),
         "fwd+bwd": (lambda _: backward(forward()), lambda: None),
     }[mode]
+
+
+def measure(bench, function, inputs, case, mode, timer, budget_s):
+    """Times and memory of one provider on one case and mode, as columns."""
+    step, prepare = steps_of(bench, function, inputs, case, mode)
     durations = timing.sample(timer, step, prepare, budget_s=budget_s)
     p20, p50, p80 = timing.percentiles(durations)
     held = sum(x.numel() * x.element_size() for x in inputs.values())
@@ -104,14 +121,19 @@ def run(bench, cases, competitors, modes, *, reference, device, timer, ceilings,
     rows = []
     with tqdm(total=len(cases) * len(modes) * len(competitors), unit="row", disable=None, file=sys.stderr) as progress:
         for case in cases:
-            verdicts = {p.name: checks.verdict(p, bench.gate_case(case, cases)) for p in competitors}
-            torch.manual_seed(SEED)
-            inputs = bench.inputs(case, device)
+            checked = bench.gate_case(case, cases)
+            local = [p for p in competitors if not isinstance(p, OtherCommit)]
+            verdicts = {p.name: checks.verdict(p, checked) for p in local}
+            inputs = timing_inputs(bench, case, device)
             for mode in modes:
                 for provider in competitors:
                     progress.set_postfix_str(f"{provider.name} {mode} " + " ".join(map(str, case.values())))
-                    row = new_row(bench, provider, case, mode, device, bench.gate_case(case, cases))
-                    fill_row(row, bench, provider, inputs, case, mode, verdicts[provider.name], timer, budget_s)
+                    row = new_row(bench, provider, case, mode, device, checked)
+                    if isinstance(provider, OtherCommit):
+                        timing.free_memory()  # the other process needs it
+                        row |= provider.measure(case, mode, checked)
+                    else:
+                        fill_row(row, bench, provider, inputs, case, mode, verdicts[provider.name], timer, budget_s)
                     if row["status"] == "ok":
                         add_rate(row, ceilings["copy" if bench.bound == "bytes" else f"matmul {case['dtype']}"])
                     rows.append(row)
@@ -170,6 +192,9 @@ def parser(description):
     p.add_argument("--dtype", type=command.one_of(command.DTYPES), help="fp32, fp16, bf16; default bf16, on a CPU fp32")
     p.add_argument("--mode", type=command.one_of(command.MODES), default=["fwd", "bwd"], help="fwd, bwd, fwd+bwd")
     p.add_argument("--providers", type=command.names, help="names, or package.module:function; default all")
+    p.add_argument("--against", metavar="REF", help="also time the kernels of this git commit, branch or tag")
+    archs = command.one_of(compiled.LIMITS)
+    p.add_argument("--arch", type=archs, metavar="A,...", help="also compile our kernels for A; without a GPU sm_90")
     p.add_argument("--budget", type=command.seconds, default=0.2, metavar="S", help="seconds of repeats a row")
     return p
 
@@ -186,22 +211,46 @@ def main(bench, args):
     ceilings = timing.measure_ceilings(timer, device, [command.DTYPES[d] for d in args.dtype], args.budget)
     report.facts |= {"ceilings": ceilings, "missing": []}
     for op in ops:
+        own = [case for case in cases if bench.op(case) == op]
         competitors, missing = providers.resolve(op, chosen[op])
         report.facts["missing"] += missing
-        rows = run(
-            bench,
-            [case for case in cases if bench.op(case) == op],
-            competitors,
-            args.mode,
-            reference=providers.reference_of(op),
-            device=device,
-            timer=timer,
-            ceilings=ceilings,
-            budget_s=args.budget,
-            on_row=report.save,
-        )
+        settings = {"device": device, "timer": timer, "budget_s": args.budget, "ceilings": ceilings}
+        with other_commit(args, bench, op, device) as others:
+            reference = providers.reference_of(op)
+            rows = run(bench, own, competitors + others, args.mode, reference=reference, on_row=report.save, **settings)
         report.finish_op(op, rows)
+        if args.profile:
+            report.show_profile(op, profile(bench, own[-1], competitors, rows, device, report.trace_path(op)))
+        archs = args.arch or (["sm_90"] if device.type == "cpu" else [])
+        if archs and "triton" in chosen[op]:
+            report.show_compiled(archs, {c.name: c for c in map(bench.compile_case, own)}.values())
     report.finish()
+
+
+@contextlib.contextmanager
+def other_commit(args, bench, op, device):
+    """[the competitor that --against asks for], or []."""
+    if not args.against:
+        yield []
+        return
+    other = OtherCommit(args.against, bench, op, device, args.budget, any(m != "fwd" for m in args.mode))
+    try:
+        yield [other]
+    finally:
+        other.close()
+
+
+def profile(bench, case, competitors, rows, device, path):
+    """Trace the last case for every provider and mode that was timed on it; a table of the top kernels."""
+    inputs = timing_inputs(bench, case, device)
+    timed = {(r["provider"], r["mode"]) for r in rows if r["status"] == "ok" and case.items() <= r.items()}
+    steps = {}
+    for provider in competitors:
+        for mode in command.MODES:
+            if (provider.name, mode) in timed:
+                step, prepare = steps_of(bench, provider.call, inputs, case, mode)
+                steps[f"{provider.name} {mode}"] = lambda step=step, prepare=prepare: step(prepare())
+    return tracing.trace(steps, device, path)
 
 
 def choose_providers(ops, asked, device):

@@ -9,12 +9,14 @@ the norm and the sum written; the sum and both gradients read, one gradient writ
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as a script: the checkout belongs on the path, not bench/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench import command, harness
+from bench import command, compile_cases, harness
+from bench.compiled import Case
 from bench.rows import RowBench, add_flags, normal
 
 OPS = ("layer_norm", "add_layer_norm", "rms_norm")
@@ -34,6 +36,10 @@ class LayerNorm(RowBench):
 
     def call(self, function, inputs, case):
         return function(*inputs.values())
+
+    def compile_case(self, case):
+        kind = case["op"].replace("_", "-")
+        return Case(f"{kind}-n{case['length']}", partial(compile_cases.norm, "bfloat16", case["length"], kind), {})
 
     def flops(self, case, mode):
         return sum(FLOPS_PER_ELEMENT[m] for m in mode.split("+")) * case["rows"] * case["length"]

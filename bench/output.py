@@ -43,6 +43,21 @@ class Report:
         for line in notes(rows):
             print(line)
 
+    def trace_path(self, op):
+        return Path(self.args.out) / f"{self.bench.name}-{op}-trace.json"
+
+    def show_profile(self, op, top):
+        print(f"\n{top}\ntrace of the last shape, for chrome://tracing or ui.perfetto.dev: {self.trace_path(op)}")
+
+    def show_compiled(self, archs, compile_cases):
+        """What the compiler makes of our kernels for `archs`: read off machine code, with no such GPU, not measured."""
+        from bench import compile_report
+
+        rows = compile_report.compile_all(archs, cases=list(compile_cases))
+        print("\ncompiled in bf16, read off the machine code and not measured:\n")
+        print(compile_report.show(rows))
+        self.facts.setdefault("compiled", []).extend(rows)
+
     def finish(self):
         self.facts["complete"] = True
         self.save([])

@@ -9,12 +9,14 @@ N (N + 1) / 2 elements each, but writes whole ones: 1 read and a write forward, 
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as a script: the checkout belongs on the path, not bench/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench import command, harness
+from bench import command, compile_cases, harness
+from bench.compiled import Case
 from bench.rows import RowBench, add_flags, normal
 
 OPS = ("softmax", "causal_softmax")
@@ -45,6 +47,12 @@ class Softmax(RowBench):
     def gate_case(self, case, cases):
         checked = super().gate_case(case, cases)
         return checked if case["op"] == "softmax" else {**checked, "rows": checked["length"]}
+
+    def compile_case(self, case):
+        causal = case["op"] == "causal_softmax"
+        return Case(
+            f"{case['op']}-n{case['length']}", partial(compile_cases.softmax, "bfloat16", case["length"], causal), {}
+        )
 
     def flops(self, case, mode):
         return sum(FLOPS_PER_ELEMENT[m] for m in mode.split("+")) * case["rows"] * self.seen(case)

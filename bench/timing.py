@@ -70,7 +70,7 @@ class HostTimer:
         return time.perf_counter()
 
     def extra_memory(self, run):
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would report its own start and stop
+        quiet_profiler()
         gc.collect()
         with torch.autograd.profiler.profile(use_kineto=True, profile_memory=True) as profile:
             run()
@@ -122,6 +122,11 @@ def measure_ceilings(timer, device, dtypes, budget_s):
     p50_ms = percentiles(sample(timer, lambda _: target.copy_(source), budget_s=budget_s))[1]
     ceilings["copy"] = 2 * source.numel() * 4 / p50_ms * 1e3
     return ceilings
+
+
+def quiet_profiler():
+    """Keep torch's profiler from reporting its own start and stop on stderr."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def dtype_name(dtype):
