@@ -206,21 +206,22 @@ def main(bench, args):
     cases = bench.cases(args, device)
     ops = list(dict.fromkeys(bench.op(case) for case in cases))
     chosen = choose_providers(ops, args.providers, device)
+    competitors = {op: providers.resolve(op, chosen[op]) for op in ops}
     report = output.Report(bench, device, args, list(cases[0]))
     timer = timing.timer_for(device)
     ceilings = timing.measure_ceilings(timer, device, [command.DTYPES[d] for d in args.dtype], args.budget)
-    report.facts |= {"ceilings": ceilings, "missing": []}
+    missing = [line for _, lines in competitors.values() for line in lines]
+    report.facts |= {"ceilings": ceilings, "missing": list(dict.fromkeys(missing))}
     for op in ops:
         own = [case for case in cases if bench.op(case) == op]
-        competitors, missing = providers.resolve(op, chosen[op])
-        report.facts["missing"] += missing
+        found, _ = competitors[op]
         settings = {"device": device, "timer": timer, "budget_s": args.budget, "ceilings": ceilings}
         with other_commit(args, bench, op, device) as others:
             reference = providers.reference_of(op)
-            rows = run(bench, own, competitors + others, args.mode, reference=reference, on_row=report.save, **settings)
+            rows = run(bench, own, found + others, args.mode, reference=reference, on_row=report.save, **settings)
         report.finish_op(op, rows)
         if args.profile:
-            report.show_profile(op, profile(bench, own[-1], competitors, rows, device, report.trace_path(op)))
+            report.show_profile(op, profile(bench, own[-1], found, rows, device, report.trace_path(op)))
         archs = args.arch or (["sm_90"] if device.type == "cpu" else [])
         if archs and "triton" in chosen[op]:
             report.show_compiled(archs, {c.name: c for c in map(bench.compile_case, own)}.values())

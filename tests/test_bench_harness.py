@@ -1,0 +1,380 @@
+"""The benches: cost models by hand, the gate before the clock, what becomes of a provider that fails, bad input."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from bench import attention, command, environment, gate, harness, layernorm, output, providers, softmax, table, timing
+from gptlib import reference
+from gptlib.errors import UserError
+
+CPU = torch.device("cpu")
+ATTENTION = {"dtype": "fp32", "batch": 2, "heads": 3, "seq": 8, "head_dim": 4, "dropout": 0.0}
+CEILINGS = {"matmul fp32": 1e9, "copy": 1e9}
+
+
+class FakeTimer:
+    """Every repeat takes `ms`, whatever it does; counts the repeats."""
+
+    def __init__(self, ms=2.0):
+        self.ms, self.repeats, self.clock = ms, 0, 0.0
+
+    def repeat(self, step, prepare, times):
+        for _ in range(times):
+            step(prepare())
+        self.repeats += times
+        self.clock += times * self.ms / 1e3
+        return [self.ms] * times
+
+    def now(self):
+        return self.clock
+
+    def extra_memory(self, run):
+        run()
+        return 3 * timing.MIB
+
+
+def provider(name, call):
+    return providers.Provider(name, call)
+
+
+def run_attention(*competitors, modes=("fwd", "bwd"), cases=(ATTENTION,), timer=None, **options):
+    return harness.run(
+        attention.Attention(),
+        list(cases),
+        list(competitors),
+        modes,
+        reference=reference.causal_attention,
+        device=CPU,
+        timer=timer or FakeTimer(),
+        ceilings=CEILINGS,
+        budget_s=0.01,
+        **options,
+    )
+
+
+# ---- cost models -----------------------------------------------------------------------------------------------------
+
+
+def test_attention_flops_and_bytes_by_hand():
+    bench = attention.Attention()
+    # 2 sequences x 3 heads; q k^T: 8 x 8 scores of 4 products and 4 sums, again for p v; half of them masked
+    assert bench.flops(ATTENTION, "fwd") == 2 * 3 * (8 * 8 * 4 * 2) * 2 / 2 == 3072
+    assert bench.flops(ATTENTION, "bwd") == 7680
+    assert bench.flops(ATTENTION, "fwd+bwd") == 10752
+    one_tensor = 2 * 3 * 8 * 4 * 4
+    assert bench.bytes(ATTENTION, "fwd") == 4 * one_tensor
+    assert bench.bytes({**ATTENTION, "dtype": "bf16"}, "bwd") == 8 * one_tensor / 2
+
+
+@pytest.mark.parametrize(
+    ("bench", "op", "fwd", "bwd"),
+    [
+        (softmax.Softmax(), "softmax", 2 * 60, 3 * 60),
+        (softmax.Softmax(), "causal_softmax", 33 + 60, 2 * 33 + 60),  # 6 rows of 10: (10 + 1) / 2 seen in each
+        (layernorm.LayerNorm(), "layer_norm", 2 * 60, 3 * 60),
+        (layernorm.LayerNorm(), "rms_norm", 2 * 60, 3 * 60),
+        (layernorm.LayerNorm(), "add_layer_norm", 4 * 60, 4 * 60),
+    ],
+)
+def test_row_bytes_by_hand(bench, op, fwd, bwd):
+    case = {"op": op, "dtype": "bf16", "rows": 6, "length": 10}
+    assert bench.bytes(case, "fwd") == 2 * fwd
+    assert bench.bytes(case, "bwd") == 2 * bwd
+    assert bench.bytes({**case, "dtype": "fp32"}, "fwd+bwd") == 4 * (fwd + bwd)
+
+
+def test_rate_and_share_by_hand():
+    row = {"unit": "GFLOP/s", "flops": 3_000_000, "p50_ms": 2.0}
+    harness.add_rate(row, ceiling=6e9)
+    assert row["rate"] == pytest.approx(1.5)
+    assert row["share"] == pytest.approx(0.25)
+    assert output.rate_unit("flops", torch.device("cuda")) == "TFLOP/s"
+
+
+# ---- timing ----------------------------------------------------------------------------------------------------------
+
+
+def test_percentiles():
+    assert timing.percentiles([float(i) for i in range(11)]) == (2.0, 5.0, 8.0)
+    assert timing.percentiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+@pytest.mark.parametrize(("budget_s", "repeats"), [(0.1, 50), (1e-9, 3), (100.0, 200)])
+def test_repeats_fill_the_budget(budget_s, repeats):
+    timer = FakeTimer(ms=2.0)
+    assert len(timing.sample(timer, lambda _: None, budget_s=budget_s)) == repeats
+
+
+def test_host_timer_counts_the_step_and_not_its_preparation():
+    prepared = []
+    durations = timing.HostTimer().repeat(lambda x: prepared.append(x), lambda: sum(range(300_000)), 3)
+    assert len(prepared) == len(durations) == 3
+    assert max(durations) < 1.0
+
+
+def test_host_memory_counts_what_is_held_at_once():
+    def work():
+        held = torch.ones(timing.MIB // 4)
+        for _ in range(3):
+            held = held + 1  # two of them live at a time
+
+    assert timing.HostTimer().extra_memory(work) / timing.MIB == pytest.approx(2.0, abs=0.1)
+
+
+@pytest.mark.gpu
+def test_device_timer_agrees_with_the_work():
+    timer = timing.DeviceTimer("cuda")
+    a = torch.randn(4096, 4096, device="cuda")
+    one = timing.percentiles(timing.sample(timer, lambda _: a @ a, budget_s=0.1))[1]
+    two = timing.percentiles(timing.sample(timer, lambda _: (a @ a, a @ a), budget_s=0.1))[1]
+    assert 1.6 < two / one < 2.4
+    assert timer.extra_memory(lambda: a @ a) >= 4096 * 4096 * 4
+
+
+# ---- rows and the gate -----------------------------------------------------------------------------------------------
+
+
+def test_a_right_provider_gets_a_full_row():
+    timer = FakeTimer(ms=2.0)
+    (row,) = run_attention(provider("eager", reference.causal_attention), modes=["fwd"], timer=timer)
+    assert row["status"] == "ok"
+    assert (row["p20_ms"], row["p50_ms"], row["p80_ms"]) == (2.0, 2.0, 2.0)
+    assert row["rate"] == pytest.approx(3072 / 2e-3 / 1e9)
+    assert row["share"] == pytest.approx(3072 / 2e-3 / 1e9)
+    assert row["peak_mib"] == pytest.approx(3 + 3 * 2 * 3 * 8 * 4 * 4 / timing.MIB)
+    assert row["provider"] == "eager" and row["mode"] == "fwd" and row["seq"] == 8 and row["device"] == "CPU"
+    assert 0 < row["max_error"] <= row["error_bound"]
+
+
+def sees_the_future(q, k, v, *, scale=None, dropout_p=0.0):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def wrong_gradient(q, k, v, *, scale=None, dropout_p=0.0):
+    return reference.causal_attention(q, k.detach() * 0.5 + k * 0.5, v, scale=scale)
+
+
+@pytest.mark.parametrize("bad", [sees_the_future, wrong_gradient])
+def test_a_wrong_provider_is_refused_and_not_timed(bad):
+    timer = FakeTimer()
+    rows = run_attention(provider("bad", bad), timer=timer)
+    assert [row["status"] for row in rows] == ["wrong", "wrong"]
+    assert "max error" in rows[0]["note"]
+    assert "rate" not in rows[0]
+    assert timer.repeats == 0
+
+
+def test_a_wrong_gradient_passes_where_only_the_forward_is_asked():
+    (row,) = run_attention(provider("bad", wrong_gradient), modes=["fwd"])
+    assert row["status"] == "ok"
+
+
+def raising(error, only_when_large=False):
+    def attend(q, k, v, *, scale=None, dropout_p=0.0):
+        if q.shape[2] > 64 or not only_when_large:
+            raise error
+        return reference.causal_attention(q, k, v, scale=scale)
+
+    return attend
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "oom"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "oom"),
+        (RuntimeError("No available kernel. Aborting execution."), "unsupported"),
+        (ValueError("flex has no dropout"), "unsupported"),
+        (RuntimeError("CUDA error: an illegal memory access"), "failed"),
+        (TypeError("unexpected keyword"), "failed"),
+    ],
+)
+def test_an_error_is_a_row_and_the_others_go_on(error, status):
+    rows = run_attention(
+        provider("fails", raising(error)), provider("works", reference.causal_attention), modes=["fwd"]
+    )
+    assert [row["status"] for row in rows] == [status, "ok"]
+    assert str(error)[:20] in rows[0]["note"]
+
+
+def test_out_of_memory_beyond_the_checked_shape_is_a_row():
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    cases = [{**ATTENTION, "seq": 64}, {**ATTENTION, "seq": 65}]
+    rows = run_attention(provider("greedy", raising(error, only_when_large=True)), modes=["fwd"], cases=cases)
+    assert [row["status"] for row in rows] == ["ok", "oom"]
+
+
+def test_the_checked_shape_is_the_smallest_and_bounded():
+    bench = attention.Attention()
+    cases = [{**ATTENTION, "seq": seq} for seq in (4096, 512)]
+    assert bench.gate_case(cases[0], cases)["seq"] == 512
+    assert bench.gate_case(cases[0], cases) == bench.gate_case(cases[1], cases)
+    assert bench.gate_case({**ATTENTION, "dropout": 0.1}, [{**ATTENTION, "seq": 1}]) == {
+        **ATTENTION,
+        "batch": 1,
+        "seq": 64,
+    }
+
+
+def test_triton_in_the_interpreter_is_checked_and_not_timed(device):
+    if device == "cuda":
+        pytest.skip("on a GPU the kernels are compiled and timed")
+    found, missing = providers.resolve("causal_attention", ["triton"])
+    assert not missing
+    timer = FakeTimer()
+    (row,) = run_attention(*found, modes=["fwd"], timer=timer, cases=[{**ATTENTION, "head_dim": 8}])
+    assert row["status"] == "parity" and timer.repeats == 0
+    assert row["max_error"] <= row["error_bound"]
+    assert row.get("rate") is None
+
+
+def test_weight_gradients_are_held_to_the_sqrt_law():
+    bench = layernorm.LayerNorm()
+    case = {"op": "layer_norm", "dtype": "fp32", "rows": 9, "length": 16}
+    assert bench.summed_rows(case, "dweight") == 9
+    assert bench.summed_rows(case, "dx") is None
+    checks = gate.Gate(bench, reference.layer_norm, CPU, with_gradients=True)
+    verdict = checks.verdict(provider("torch", providers.resolve("layer_norm", ["torch"])[0][0].call), case)
+    assert verdict.status == "ok" and not verdict.interpreted
+
+
+@pytest.mark.parametrize("op", list(providers.PEERS))
+def test_every_default_provider_of_a_cpu_is_known(op):
+    chosen = harness.choose_providers([op], None, CPU)[op]
+    assert chosen[0] == "reference" and "triton" in chosen
+    assert set(chosen) <= set(providers.known_names(op))
+
+
+def test_a_missing_peer_is_a_line():
+    found, missing = providers.resolve("causal_attention", ["flash-attn-3", "reference"])
+    assert [p.name for p in found] == ["reference"]
+    assert len(missing) == 1 and missing[0].startswith("flash-attn-3: not usable here")
+
+
+def test_peers_see_tokens_first():
+    q, k, v = (torch.randn(2, 3, 5, 4) for _ in range(3))
+
+    def theirs(q, k, v):
+        assert q.shape == (2, 5, 3, 4)
+        return q + v, "log-sum-exp"
+
+    torch.testing.assert_close(providers.tokens_first(theirs, q, k, v), q + v)
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+
+def test_columns_survive_the_csv(tmp_path):
+    rows = run_attention(provider("eager", reference.causal_attention), provider("bad", sees_the_future))
+    args = argparse.Namespace(out=str(tmp_path), commit="abc123", publish=False)
+    report = output.Report(attention.Attention(), CPU, args, list(ATTENTION))
+    report.save(rows)
+    stored = table.read_csv(tmp_path / "attention.csv")
+    assert list(stored[0]) == report.columns and len(stored) == 4
+    assert set().union(*rows) <= set(report.columns)
+    assert stored[0]["p50_ms"] == 2 and stored[0]["seq"] == 8 and stored[0]["provider"] == "eager"
+    assert stored[1]["p50_ms"] is None and stored[1]["status"] == "wrong"
+    facts = json.loads((tmp_path / "attention.json").read_text())
+    assert facts["commit"] == "abc123" and facts["complete"] is False
+    assert {"command", "date", "device", "packages", "python"} <= set(facts)
+
+
+def test_rows_are_handed_over_as_they_come():
+    seen = []
+    run_attention(provider("eager", reference.causal_attention), on_row=lambda rows: seen.append(len(rows)))
+    assert seen == [1, 2]
+
+
+def test_the_table_marks_the_best_and_shows_why_a_cell_is_empty():
+    rows = [
+        {"seq": 8, "provider": "a", "rate": 1.04, "status": "ok"},
+        {"seq": 8, "provider": "b", "rate": 2.5, "status": "ok"},
+        {"seq": 8, "provider": "c", "status": "oom"},
+        {"seq": 16, "provider": "a", "rate": 3.0, "status": "ok"},
+    ]
+    lines = [line.split() for line in table.compare_providers(rows, ["seq"], "rate").splitlines()]
+    assert lines == [["seq", "a", "b", "c"], ["8", "1.0", "2.5*", "oom"], ["16", "3.0*", "-", "-"]]
+    lowest = table.compare_providers(rows[:2], ["seq"], "rate", lowest=True).splitlines()[1].split()
+    assert lowest == ["8", "1.0*", "2.5"]
+
+
+def test_folder_and_command_name_no_machine(monkeypatch):
+    monkeypatch.setattr(environment, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert environment.device_folder("cuda") == "h100-80gb-hbm3"
+    monkeypatch.setattr("sys.argv", [str(environment.ROOT / "bench" / "attention.py"), "--seq", "8"])
+    assert environment.command_line() == "python bench/attention.py --seq 8"
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_run_from_the_command_line(device, tmp_path, capsys):
+    flags = ["--seq", "16,32", "--heads", "2", "--head-dim", "8", "--providers", "reference,sdpa", "--budget", "0.01"]
+    assert command.run(attention.main, [*flags, "--device", device, "--out", str(tmp_path), "--profile"]) == 0
+    printed = capsys.readouterr().out
+    assert f"causal_attention on {environment.device_name(device)}: " in printed
+    assert "ceiling, measured in this run: matmul " in printed
+    assert ("No GPU here" in printed) == (device == "cpu")
+    rows = table.read_csv(tmp_path / "attention.csv")
+    assert len(rows) == 8 and all(row["status"] == "ok" and row["rate"] > 0 for row in rows)
+    assert json.loads((tmp_path / "attention.json").read_text())["complete"] is True
+    trace = json.loads((tmp_path / "attention-causal_attention-trace.json").read_text())
+    assert {"sdpa fwd", "reference bwd"} <= {event.get("name") for event in trace["traceEvents"]}
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "words"),
+    [
+        (attention.main, ["--seq", "0"], ["--seq", "'0'", "positive"]),
+        (attention.main, ["--seq", "-5"], ["--seq"]),
+        (attention.main, ["--seq", "12,x"], ["'x'"]),
+        (attention.main, ["--providers", "sdpa,nope"], ["'nope'", "sdpa-flash", "triton-softmax", "xformers"]),
+        (attention.main, ["--providers", "no.such:function"], ["no.such:function", "cannot be imported"]),
+        (attention.main, ["--providers", "math:sqrt"], ["math:sqrt", "(q, k, v, *, scale=None, dropout_p=0.0)"]),
+        (attention.main, ["--dtype", "fp8"], ["'fp8'", "bf16"]),
+        (attention.main, ["--mode", "forward"], ["'forward'", "fwd+bwd"]),
+        (attention.main, ["--dropout", "1"], ["--dropout", "below 1"]),
+        (attention.main, ["--against", "no-such-ref"], ["--against no-such-ref"]),
+        (attention.main, ["--wat"], ["--wat"]),
+        (softmax.main, ["--length", "0"], ["--length"]),
+        (softmax.main, ["--op", "sigmoid"], ["'sigmoid'", "causal_softmax"]),
+        (softmax.main, ["--providers", "some.module:function"], ["'some.module:function'", "liger"]),
+        (layernorm.main, ["--providers", "quack"], ["'quack'", "liger"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(main, flags, words, device, tmp_path, capsys):
+    status = command.run(main, [*flags, "--device", device, "--out", str(tmp_path), "--budget", "0.001"])
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert all(word in error for word in words), error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(tmp_path, capsys):
+    assert command.run(attention.main, ["--device", "cuda", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: --device cuda")
+
+
+def test_names_that_no_op_has_are_refused():
+    with pytest.raises(UserError, match="quack"):
+        providers.check_known(["layer_norm"], "quack")
+    providers.check_known(["layer_norm", "rms_norm"], "quack")
+
+
+# ---- another commit --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.deep
+@pytest.mark.skipif(environment.git_commit() == "unknown", reason="needs a git checkout")
+def test_another_commit_is_measured_beside_todays(tmp_path, capsys):
+    flags = ["--seq", "64", "--heads", "1", "--head-dim", "16", "--providers", "triton", "--budget", "0.01"]
+    assert command.run(attention.main, [*flags, "--against", "HEAD", "--out", str(tmp_path)]) == 0
+    rows = table.read_csv(tmp_path / "attention.csv")
+    assert [row["provider"] for row in rows] == ["triton", "triton@HEAD"] * 2
+    assert len({row["status"] for row in rows}) == 1 and rows[0]["status"] in ("ok", "parity")
+    assert rows[0]["max_error"] == rows[1]["max_error"]
