@@ -46,7 +46,16 @@ LIMITS = {
     "sm_100": Limits(16384, 64, 32, 228 << 10, 227 << 10, tensor_memory=512),
     "gfx942": Limits(512, 32, 32, 64 << 10, 64 << 10, reserved=0),
 }
-TENSOR_OPS = re.compile(r"^(HMMA|HGMMA|UTCHMMA)$")  # mma.sync, wgmma, tcgen05
+TENSOR_OPS = ("HMMA", "HGMMA", "UTCHMMA", "MFMA")  # mma.sync, wgmma, tcgen05, AMD's
+INSTRUCTIONS = (*TENSOR_OPS, "UTMALDG", "UTMASTG", "MUFU", "LDG.128")  # counted in every kernel
+# What a case may expect of its kernels' code (see compile_cases), in each architecture's words if it has one.
+SPELLINGS = {
+    "tensor": {"sm_80": "HMMA", "sm_86": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"},
+    "mma": {"sm_80": "HMMA", "sm_86": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "MFMA"},
+    "tma_load": {"sm_90": "UTMALDG", "sm_100": "UTMALDG"},
+    "tma_store": {"sm_90": "UTMASTG", "sm_100": "UTMASTG"},
+    "wide_load": dict.fromkeys(("sm_80", "sm_86", "sm_90", "sm_100"), "LDG.128"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class Case:
 
     name: str
     call: Callable[[], object]
+    expects: dict = field(default_factory=dict, hash=False)  # {kernel: what its code must contain, see SPELLINGS}
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,7 @@ class Job:
     attributes: dict = field(hash=False)
     num_warps: int
     num_stages: int
+    expects: tuple = ()
 
     @property
     def config(self):
@@ -118,16 +129,19 @@ def list_jobs(cases, arch):
     for case in cases:
 
         def recorder(kernel, grid, args, constexprs, num_warps, num_stages, case=case):
-            job = specialize(case.name, arch, kernel, args, constexprs, num_warps, num_stages)
+            job = specialize(case, arch, kernel, args, constexprs, num_warps, num_stages)
             jobs.setdefault(job.specialization, job)
 
-        with record_launches(arch, recorder):
-            case.call()
+        try:
+            with record_launches(arch, recorder):
+                case.call()
+        except Exception as error:
+            raise RuntimeError(f"{case.name} on {arch}: {_one_line(error)}") from error
     return list(jobs.values())
 
 
 def specialize(case, arch, kernel, args, constexprs, num_warps, num_stages):
-    """The Job of one recorded launch, its arguments specialized by Triton's own binder."""
+    """The Job of one launch that `case` made, its arguments specialized by Triton's own binder."""
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
@@ -136,7 +150,9 @@ def specialize(case, arch, kernel, args, constexprs, num_warps, num_stages):
     options = {"num_warps": num_warps, "num_stages": num_stages}
     bound_args, specialization, options = binder(*args, **constexprs, **options)
     _, signature, constants, attributes = kernel._pack_args(backend, options, bound_args, specialization, options)
-    return Job(arch, case, kernel.module, kernel.__name__, signature, constants, attributes, num_warps, num_stages)
+    expects = tuple(SPELLINGS[word][arch] for word in case.expects.get(kernel.__name__, ()) if arch in SPELLINGS[word])
+    names = case.name, kernel.module, kernel.__name__
+    return Job(arch, *names, signature, constants, attributes, num_warps, num_stages, expects)
 
 
 # ---- in a worker: compile and look -----------------------------------------------------------------------------------
@@ -148,6 +164,7 @@ def compile_job(job):
     row = job.labels
     try:
         row |= _facts(job, _compile(job))
+        row["missing"] = " ".join(word for word in job.expects if word not in row["instructions"])
         row["status"] = "ok"
     except Exception as error:
         row["status"] = _one_line(error)
@@ -196,15 +213,11 @@ def nvidia_facts(cubin, arch, num_warps):
     registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     blocks = sass.parse(listing)
     counts = sass.count_instructions(blocks)
+    counts["LDG.128"] = sass.wide_loads(blocks)
     facts = {
         "registers": registers,
         "spill_bytes": stack,
-        "tensor_ops": sum(n for op, n in counts.items() if TENSOR_OPS.match(op)),
-        "tensor_op": " ".join(op for op in counts if TENSOR_OPS.match(op)),
-        "tma_loads": counts.get("UTMALDG", 0),
-        "tma_stores": counts.get("UTMASTG", 0) + counts.get("UTMAREDG", 0),
-        "mufu": counts.get("MUFU", 0),
-        "widest_load": sass.widest_global_access(blocks),
+        "instructions": {name: counts[name] for name in INSTRUCTIONS if counts.get(name)},
     }
     if arch in sass.RATES:
         limit = sass.bound(blocks, arch, num_warps)
@@ -220,12 +233,14 @@ def amd_facts(assembly):
     def value(name):
         return int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])
 
+    def count(pattern):
+        return len(re.findall(rf"^\s*{pattern}", assembly, re.MULTILINE))
+
+    counts = {"MFMA": count("v_s?mfma"), "MUFU": count("v_(?:exp|log|rcp|rsq|sqrt)_f")}
     return {
         "registers": value("vgpr_count"),  # on CDNA3 it counts the accumulation registers too
         "spill_bytes": max(4 * value("vgpr_spill_count"), value("private_segment_fixed_size")),
-        "tensor_ops": len(re.findall(r"^\s*v_s?mfma", assembly, re.MULTILINE)),
-        "tensor_op": "MFMA" if "v_mfma" in assembly or "v_smfma" in assembly else "",
-        "mufu": len(re.findall(r"^\s*v_(?:exp|log|rcp|rsq|sqrt)_f", assembly, re.MULTILINE)),
+        "instructions": {name: n for name, n in counts.items() if n},
     }
 
 

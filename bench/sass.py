@@ -258,10 +258,10 @@ def count_instructions(blocks):
     return counts
 
 
-def widest_global_access(blocks):
-    """Bytes per lane of the widest LDG or LDGSTS in the kernel, 0 if it has none."""
+def wide_loads(blocks):
+    """How many loads from global memory bring 16 bytes to every lane."""
     loads = (i for block in blocks for i in block.instructions if i.op in ("LDG", "LDGSTS"))
-    return max(map(access_bytes, loads), default=0)
+    return sum(access_bytes(load) == 16 for load in loads)
 
 
 def cycles(instructions, arch, num_warps):

@@ -1,0 +1,175 @@
+"""Every kernel that ships, in every configuration the compile report must vouch for, as calls on meta tensors.
+
+A case calls the launchers themselves, so tiles, grids and flags are those of a real run. Its name says what is called;
+`expects` says what the machine code of its kernels must contain, in words that each architecture spells its own way:
+
+    tensor      the architecture's best matrix instruction: mma.sync on sm_80, wgmma on sm_90, tcgen05 on sm_100, MFMA
+    mma         mma.sync on NVIDIA: what a tile of 16 rows or fp32 operands rounded to tf32 can use
+    tma_load, tma_store     bulk copies by descriptor, where the architecture has them
+    wide_load   16-byte loads from global memory
+"""
+
+from functools import partial
+
+from bench.compiled import Case
+
+BATCH, HEADS, TOKENS, GROUPS = 8, 12, 1024, 4
+HEAD_DIMS = (16, 32, 64, 96, 128, 256)
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+FEATURES = {
+    "plain": {},
+    "dropout": {"dropout_p": 0.1},
+    "window": {"window": 256},
+    "documents": {"documents": True},
+    "gqa": {"kv_heads": HEADS // GROUPS},
+    "everything": {"dropout_p": 0.1, "window": 256, "documents": True, "kv_heads": HEADS // GROUPS},
+}
+# One row length at least in every class of the tables, GPT-2's width, and two that no 16-byte load fits.
+ROW_LENGTHS = (48, 768, 1023, 2048, 4096, 8192, 16384, 32768, 50257, 131072)
+
+TMA = ("tensor", "tma_load", "tma_store")
+ATTENTION_EXPECTS = {"attention_forward_kernel": TMA, "dkdv_kernel": TMA, "dq_kernel": TMA}
+POINTER_EXPECTS = dict.fromkeys(ATTENTION_EXPECTS, ("tensor",))
+TF32_EXPECTS = dict.fromkeys(ATTENTION_EXPECTS, ("mma",))
+
+
+def cases():
+    """All cases, those that most people run first."""
+    return [*attention_cases(), *decode_cases(), *softmax_cases(), *norm_cases()]
+
+
+def named(name):
+    """The case of that name."""
+    return next(case for case in cases() if case.name == name)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def attention_cases():
+    found = []
+
+    def add(dtype, head_dim, feature, expects, **arguments):
+        call = partial(attention, DTYPES[dtype], head_dim, **FEATURES.get(feature, {}), **arguments)
+        found.append(Case(f"attention-{dtype}-d{head_dim}-{feature}", call, expects))
+
+    for head_dim in sorted(HEAD_DIMS, key=lambda d: d not in (64, 128)):
+        for feature in FEATURES:
+            add("bf16", head_dim, feature, ATTENTION_EXPECTS)
+        for feature in ("plain", "dropout"):
+            add("fp16", head_dim, feature, ATTENTION_EXPECTS)
+            add("fp32", head_dim, feature, {})
+    for head_dim in (64, 128):
+        add("bf16", head_dim, "lse", ATTENTION_EXPECTS, lse_gradient=True)
+        add("bf16", head_dim, "pointers", POINTER_EXPECTS, padding=1)
+        add("fp32", head_dim, "tf32", TF32_EXPECTS, tf32=True)
+    return found
+
+
+def attention(
+    dtype, head_dim, dropout_p=0.0, window=0, documents=False, kv_heads=HEADS, lse_gradient=False, padding=0, tf32=False
+):
+    """Forward and backward. `padding` elements between rows of q, k and v keep descriptors from reading them."""
+    import torch
+
+    from kernels.attention.backward import attention_backward
+    from kernels.attention.forward import attention_forward
+
+    def heads(count):
+        return _meta(BATCH, TOKENS, count, head_dim + padding, dtype=dtype)[..., :head_dim].transpose(1, 2)
+
+    q, k, v, dout = heads(HEADS), heads(kv_heads), heads(kv_heads), heads(HEADS)
+    rng = _meta(2, dtype="int64") if dropout_p else None
+    bounds = [_meta(TOKENS, dtype="int32") if documents else None for _ in range(2)]
+    precision = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        out, lse = attention_forward(q, k, v, 0.125, dropout_p, rng, window, bounds[0])
+        dlse = torch.empty_like(lse) if lse_gradient else None
+        attention_backward(dout, dlse, q, k, v, out, lse, 0.125, dropout_p, rng, window, *bounds)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = precision
+
+
+def decode_cases():
+    found = []
+    for dtype in DTYPES:
+        for head_dim in HEAD_DIMS:
+            expects = {} if dtype == "fp32" else {"decode_kernel": ("mma", "tma_load")}
+            call = partial(decode, DTYPES[dtype], head_dim)
+            found.append(Case(f"decode-{dtype}-d{head_dim}-plain", call, expects))
+    for feature, arguments in {"window": {"window": 256}, "gqa": {"kv_heads": 3}, "rows": {"queries": 5}}.items():
+        expects = {"decode_kernel": ("tensor" if feature == "rows" else "mma", "tma_load")}
+        found.append(Case(f"decode-bf16-d64-{feature}", partial(decode, "bfloat16", 64, **arguments), expects))
+    return found
+
+
+def decode(dtype, head_dim, queries=1, kv_heads=HEADS, window=0):
+    """A few queries against a long cache."""
+    from kernels.attention.decode import attention_decode
+
+    q = _meta(1, HEADS, queries, head_dim, dtype=dtype)
+    k, v = (_meta(1, kv_heads, 8 * TOKENS, head_dim, dtype=dtype) for _ in range(2))
+    attention_decode(q, k, v, 0.125, window)
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def softmax_cases():
+    return [
+        Case(f"{kind}-{dtype}-n{n}", partial(softmax, DTYPES[dtype], n, kind == "causal-softmax"), _wide("softmax", n))
+        for kind in ("softmax", "causal-softmax")
+        for dtype in DTYPES
+        for n in ROW_LENGTHS
+    ]
+
+
+def softmax(dtype, n, causal):
+    """Forward and backward of rows of n elements."""
+    from kernels.softmax import softmax_backward, softmax_forward
+
+    x = _meta(TOKENS, n, dtype=dtype)
+    y = softmax_forward(x, 1.0, causal, x.dtype)
+    softmax_backward(y, y, 1.0, causal, x.dtype)
+
+
+def norm_cases():
+    found = [
+        Case(f"{kind}-{dtype}-n{n}", partial(norm, DTYPES[dtype], n, kind), _wide("norm", n))
+        for kind in ("layer-norm", "add-layer-norm", "rms-norm")
+        for dtype in DTYPES
+        for n in ROW_LENGTHS
+    ]
+    plain = partial(norm, "bfloat16", 768, "layer-norm", affine=False)
+    mixed = partial(norm, "bfloat16", 768, "add-layer-norm", parameters="float32")
+    return [*found, Case("layer-norm-bf16-n768-bare", plain), Case("add-layer-norm-bf16-n768-fp32-parameters", mixed)]
+
+
+def norm(dtype, n, kind, affine=True, parameters=None):
+    """Forward and backward of rows of n elements; `affine` with weight and bias, in `parameters`' dtype if given."""
+    from kernels.layernorm import norm_backward, norm_forward
+
+    x = _meta(BATCH * TOKENS, n, dtype=dtype)
+    rms = kind == "rms-norm"
+    weight = _meta(n, dtype=parameters or dtype) if affine else None
+    bias = None if rms else weight
+    residual = x if kind == "add-layer-norm" else None
+    y, h, stats = norm_forward(x, residual, weight, bias, 1e-5, rms, x.dtype)
+    dtypes = (None if t is None else t.dtype for t in (weight, bias))
+    norm_backward(y, residual, h if residual is not None else x, stats, weight, rms, *dtypes)
+
+
+def _wide(family, n):
+    """Kernels of a family must load 16 bytes at a time if rows are long enough for it and start at multiples of it."""
+    kernels = {
+        "softmax": [f"softmax_{way}{blocks}_kernel" for way in ("forward", "backward") for blocks in ("", "_blocks")],
+        "norm": ["norm_forward_kernel", "norm_forward_blocks_kernel", "norm_row_sums_kernel", "norm_backward_kernel"],
+    }
+    return dict.fromkeys(kernels[family], ("wide_load",)) if n >= 512 and n % 8 == 0 else {}
+
+
+def _meta(*shape, dtype):
+    import torch
+
+    return torch.empty(*shape, dtype=getattr(torch, dtype), device="meta")
