@@ -1,0 +1,157 @@
+"""Checkpoints: bit for bit, whole whenever a process dies, and clear about damage."""
+
+import dataclasses
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gptlib import checkpoint
+from gptlib.data import Batches
+from gptlib.errors import UserError
+from gptlib.model import GPTConfig
+from gptlib.train import build_model, make_optimizer, train_step
+
+SMALL = GPTConfig(vocab_size=31, context_length=8, emb_dim=12, n_heads=2, n_layers=2, drop_rate=0.1, tie_weights=True)
+CORPUS = SimpleNamespace(tokenizer=SimpleNamespace(hash="t" * 64), fingerprint="d" * 64)
+
+
+class Training:
+    """A model in the middle of its training."""
+
+    def __init__(self, seed=0, cfg=SMALL):
+        self.model = build_model(cfg, attn="reference", norm="reference", seed=seed)
+        self.optimizer = make_optimizer(self.model, lr=1e-2)
+        tokens = torch.arange(500).remainder(31).numpy()
+        self.batches = Batches(tokens, context_length=8, batch_size=2, seed=3)
+
+    def run(self, steps):
+        for _ in range(steps):
+            train_step(self.model.loss, self.optimizer, [self.batches.next_batch()], lr=1e-2)
+
+    def save(self, run, step):
+        checkpoint.save(run, self.model, self.optimizer, self.batches, CORPUS, step)
+
+    def restore(self, run):
+        return checkpoint.restore(run, self.model, self.optimizer, self.batches, CORPUS)
+
+
+def weights(run):
+    return load_file(checkpoint.find(run) / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_everything_comes_back(tmp_path):
+    first = Training()
+    first.run(3)
+    first.save(tmp_path, 3)
+    first.run(3)  # dropout draws from torch's generator, so this also proves that generator's return
+    second = Training(seed=1)
+    assert second.restore(tmp_path) == 3
+    second.run(3)
+    assert same(first.model.state_dict(), second.model.state_dict())
+    first.save(tmp_path / "a", 6)
+    second.save(tmp_path / "b", 6)
+    for name in ("model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"):
+        a, b = ((tmp_path / run / "checkpoint" / name).read_bytes() for run in "ab")
+        assert a == b, name
+
+
+def test_a_tied_head_is_stored_once_and_a_model_comes_back_for_use(tmp_path):
+    training = Training()
+    training.run(1)
+    training.save(tmp_path, 1)
+    assert "out_head.weight" not in weights(tmp_path)
+    model = checkpoint.load_model(tmp_path, attn="sdpa", norm="torch")
+    assert model.cfg == SMALL and model.out_head.weight is model.tok_emb.weight
+    assert same(model.state_dict(), training.model.state_dict())
+
+
+def test_no_file_is_a_pickle(tmp_path):
+    training = Training()
+    training.run(1)
+    training.save(tmp_path, 1)
+    names = sorted(p.name for p in (tmp_path / "checkpoint").iterdir())
+    assert names == ["model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    """Die before and after each call that touches the disk, one after the other, then go on from what is left."""
+    old, new = Training(), Training()
+    old.run(1)
+    new.run(2)
+    real = {name: getattr(owner, name) for owner, name in CALLS}
+    moments = 0
+    while True:
+        run = tmp_path / str(moments)
+        old.save(run, 1)
+        countdown = [moments]
+        with monkeypatch.context() as patch:
+            for owner, name in CALLS:
+                patch.setattr(owner, name, dying(real[name], countdown))
+            try:
+                new.save(run, 2)
+                finished = True
+            except Killed:
+                finished = False
+        if finished:
+            break
+        after = Training(seed=9)
+        step = after.restore(run)
+        expected = {1: old, 2: new}[step]
+        assert same(after.model.state_dict(), expected.model.state_dict()), f"moment {moments}"
+        new.save(run, 3)
+        assert Training(seed=9).restore(run) == 3 and [p.name for p in run.iterdir()] == ["checkpoint"]
+        moments += 1
+    assert moments >= 14, "the test no longer reaches the calls that save makes"
+
+
+CALLS = [(checkpoint, "save_file"), (os, "replace"), (os, "rename"), (shutil, "rmtree")]
+
+
+def dying(call, countdown):
+    """`call`, but the process dies before it when the countdown reaches 0 and after it at the next even count."""
+
+    def wrapped(*args, **kwargs):
+        if countdown[0] == 0:
+            if call is shutil.rmtree:  # dies half-way: something is gone already
+                for file in list(args[0].glob("*"))[:1]:
+                    file.unlink()
+            raise Killed
+        result = call(*args, **kwargs)
+        if countdown[0] == 1:
+            raise Killed
+        countdown[0] -= 2
+        return result
+
+    return wrapped
+
+
+def test_other_text_other_shapes_and_damage_are_refused(tmp_path):
+    training = Training()
+    training.run(1)
+    training.save(tmp_path, 1)
+    other = SimpleNamespace(tokenizer=CORPUS.tokenizer, fingerprint="e" * 64)
+    with pytest.raises(UserError, match="has changed"):
+        checkpoint.restore(tmp_path, training.model, training.optimizer, training.batches, other)
+    with pytest.raises(UserError, match="does not fit the model: size mismatch"):
+        Training(cfg=dataclasses.replace(SMALL, vocab_size=32)).restore(tmp_path)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpoint.find(tmp_path / "nowhere")
+    folder = tmp_path / "checkpoint"
+    for name in ("optimizer.safetensors", "model.safetensors", "state.json"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:50])
+        with pytest.raises(UserError, match=rf"{name} cannot be read .*damaged") as e:
+            Training().restore(tmp_path)
+        assert "\n" not in str(e.value)
