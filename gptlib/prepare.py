@@ -151,7 +151,7 @@ def _find(argument: str) -> tuple[list[Path], bool]:
     if not matches:
         raise UserError(f"no file matches the pattern {argument}")
     files = [file for match in matches for file in (_files_below(match) if match.is_dir() else [match])]
-    return list(dict.fromkeys(files)), False
+    return [file for file in dict.fromkeys(files) if file.is_file()], False
 
 
 def _files_below(root: Path) -> list[Path]:
@@ -311,7 +311,7 @@ def _open(folder: Path, fingerprint: str) -> Corpus | None:
             return None
         sizes = {key: int(meta[key]) for key in ("train_bytes", "val_bytes", "train_documents", "val_documents")}
         entropy = float(meta["val_unigram_entropy"])
-    except (OSError, ValueError, KeyError, TypeError, UserError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, UserError):
         return None
     return Corpus(tokenizer, **shards, **sizes, val_unigram_entropy=entropy, fingerprint=fingerprint)
 

@@ -23,13 +23,14 @@ from gptlib.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 
-# How text is cut into the pieces inside which BPE merges: words (with `_`, and the space before them), numbers,
-# punctuation, and whole runs of white space, so that a newline and the indentation after it become one token.
-# Character ranges, not \p{L} or \s: `tokenizers` and tiktoken carry different Unicode tables and would disagree on
-# young scripts. And no look-ahead: it makes tiktoken backtrack, which overflows on a million spaces (GPT-2's does).
-_WORD = r"A-Za-z_\x{C0}-\x{1FFF}\x{2C00}-\x{2FFF}\x{3040}-\x{10FFFF}"
+# How text is cut into the pieces inside which BPE merges: words with the space before them, numbers, punctuation, and
+# runs of white space, so that a newline and the indentation after it become one token. Its differences from GPT-2's:
+# * ranges, not \p{L} and \s: `tokenizers` and tiktoken carry other Unicode tables and would disagree on young scripts;
+# * no look-ahead: tiktoken backtracks for it and overflows on a million spaces;
+# * at most 256 characters: learning from a piece takes time quadratic in its length, and minified files have long ones.
+_WORD = r"A-Za-z\x{C0}-\x{1FFF}\x{2C00}-\x{2FFF}\x{3040}-\x{10FFFF}"
 _SPACE = r" \t\n\r\f\v"
-CORPUS_PATTERN = rf" ?[{_WORD}]+| ?[0-9]+| ?[^{_WORD}0-9{_SPACE}]+|[{_SPACE}]+"
+CORPUS_PATTERN = rf" ?[{_WORD}]{{1,256}}| ?[0-9]{{1,256}}| ?[^{_WORD}0-9{_SPACE}]{{1,256}}|[{_SPACE}]{{1,256}}"
 BYTES_PATTERN = r"\n|[^\n]+"  # nothing merges, so the pieces only bound the work done at a time
 NAMES = ("corpus", "gpt2", "bytes")
 
@@ -139,7 +140,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = True) -> T
     fewer tokens. Raises UserError for a `vocab_size` below 257.
     """
     trained = train_with_tokenizers(texts, vocab_size, progress)
-    byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+    byte_of = {character: byte for byte, character in enumerate(byte_characters())}
     merges = json.loads(trained.to_str())["model"]["merges"]
     # `tokenizers` merges the pairs it lists, tiktoken any neighbours whose concatenation is a token. They agree as a
     # token has one last merge: inside its span BPE takes the same steps wherever the span stands.
@@ -200,7 +201,7 @@ def _cache_name(url: str) -> str:
     return hashlib.sha1(url.encode()).hexdigest()
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """GPT-2's printable character for every byte: itself where it prints, else the next free one from U+0100 on."""
     spare = iter(range(256, 512))
     return [chr(b) if chr(b).isprintable() and b != 0x20 else chr(next(spare)) for b in range(256)]
