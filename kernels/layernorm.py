@@ -47,17 +47,28 @@ from kernels._runtime import TL_DTYPES, arch, autocast_dtype, cast, check_tensor
 
 @triton.jit
 def load_columns(ptr, cols, n_cols, ALIGN: tl.constexpr):
-    """A weight or bias in fp32, (1, BLOCK_N): read by every row, so kept in the cache."""
-    mask = cols // ALIGN * ALIGN < n_cols
-    return tl.load(ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)[None, :]
+    """A weight or bias in fp32, (1, BLOCK_N), or (ROWS, BLOCK_N) from a column of pointers; kept in the cache."""
+    mask = (cols // ALIGN * ALIGN < n_cols)[None, :]
+    return tl.load(ptr + cols[None, :], mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
 
 
 @triton.jit
-def load_sum(x_ptr, residual_ptr, rows, stride_x, stride_r, cols, lengths, H_DTYPE: tl.constexpr, ALIGN: tl.constexpr):
+def load_sum(
+    x_ptr,
+    residual_ptr,
+    rows,
+    stride_x,
+    stride_r,
+    cols,
+    lengths,
+    H_DTYPE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    EVICT: tl.constexpr = "evict_first",
+):
     """h = x + residual as the second output will hold it, rounded; x alone without a residual."""
-    h = load_tile(x_ptr, rows, stride_x, cols, lengths, ALIGN)
+    h = load_tile(x_ptr, rows, stride_x, cols, lengths, ALIGN, EVICT)
     if residual_ptr is not None:
-        h += load_tile(residual_ptr, rows, stride_r, cols, lengths, ALIGN)
+        h += load_tile(residual_ptr, rows, stride_r, cols, lengths, ALIGN, EVICT)
         h = cast(h, H_DTYPE).to(tl.float32)
     return h
 
@@ -160,7 +171,7 @@ def norm_forward_blocks_kernel(
     sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
     squares = tl.zeros((ROWS, BLOCK_N), tl.float32)
     for start in range(0, n_cols, BLOCK_N):
-        h = load_sum(x_ptr, residual_ptr, rows, stride_x, stride_r, start + cols, lengths, H_DTYPE, ALIGN)
+        h = load_sum(x_ptr, residual_ptr, rows, stride_x, stride_r, start + cols, lengths, H_DTYPE, ALIGN, "evict_last")
         if not RMS and start == 0:
             mean = tl.sum(h, axis=1) / BLOCK_N  # of the first block: near enough to the row's, see `low`
         centred = tl.where((start + cols)[None, :] < n_cols, h - mean[:, None], 0.0)
@@ -235,11 +246,15 @@ def norm_backward_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if weight_ptr is not None:  # a whole tile of it: it then has the layout of the others, and stays in registers
+        w = load_columns(weight_ptr + tl.zeros((ROWS, 1), tl.int32), cols, n_cols, ALIGN)
     dweight = tl.zeros((ROWS, BLOCK_N), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+    # STAGES - 1 tiles are on their way through shared memory while one is worked on.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         lengths = tl.where(rows < n_rows, n_cols, 0)
         dy = load_tile(dy_ptr, rows, stride_dy, cols, lengths, ALIGN)
@@ -247,7 +262,7 @@ def norm_backward_kernel(
         xhat, rstd = normalize(h, stats_ptr, rows, n_rows, RMS)
         g = dy
         if weight_ptr is not None:
-            g = dy * load_columns(weight_ptr, cols, n_cols, ALIGN)
+            g = dy * w
         if means_ptr is None:
             mean_gx = tl.sum(g * xhat, axis=1) / n_cols
         else:
@@ -350,7 +365,8 @@ def norm_backward(dy, dh_out, h, stats, weight, rms, dweight_dtype, dbias_dtype)
     strides = [0 if t is None else t.stride(0) for t in grads]
     align = alignment(*(t for t in grads if t is not None))
     n_rows = h.numel() // n_cols
-    tile = _tuning.row_tile(arch(h.device), "norm_backward", n_cols)
+    key = arch(h.device)
+    tile = _tuning.row_tile(key, "norm_backward", n_cols)
     means = None
     if not tile.holds_row:
         means = torch.empty((2, n_rows), dtype=torch.float32, device=h.device)
@@ -365,8 +381,7 @@ def norm_backward(dy, dh_out, h, stats, weight, rms, dweight_dtype, dbias_dtype)
             BLOCK_N=tile.block_n,
         )
     column_blocks = triton.cdiv(n_cols, tile.block_n)
-    # Each multiprocessor holds 16 warps of up to 128 registers.
-    programs = triton.cdiv(multiprocessors(h.device) * max(1, 16 // tile.num_warps), column_blocks)
+    programs = triton.cdiv(multiprocessors(h.device) * _tuning.persistent_programs(tile), column_blocks)
     programs = min(programs, triton.cdiv(n_rows, tile.rows))
     partials = [h.new_empty((programs, n_cols), dtype=torch.float32) if want else None for want in wanted]
     launch(
@@ -378,6 +393,7 @@ def norm_backward(dy, dh_out, h, stats, weight, rms, dweight_dtype, dbias_dtype)
         ALIGN=align,
         ROWS=tile.rows,
         BLOCK_N=tile.block_n,
+        STAGES=_tuning.pipeline_stages(key, tile, sum(t.element_size() for t in grads if t is not None)),
     )
     if any(wanted):
         block_p, block_n, num_warps = PARTIALS_TILE
