@@ -123,10 +123,21 @@ def row_tile(arch, kernel, n_cols):
     return RowTile(*table.blocks, False)
 
 
+def persistent_programs(tile):
+    """Programs per multiprocessor of a kernel that stays: together 16 warps, of up to 128 registers."""
+    return max(1, 16 // tile.num_warps)
+
+
+def pipeline_stages(arch, tile, bytes_per_element):
+    """Tiles in work and on their way at once, for inputs of so many bytes per element taken together."""
+    shared = PIPELINE_SHARED[table_arch(arch, PIPELINE_SHARED)] // persistent_programs(tile)
+    return max(1, min(4, shared // (tile.rows * tile.block_n * bytes_per_element)))
+
+
 # Interpreted programs cost by the operation, hardly by the element: as many rows to a program as the cache bears.
 _INTERPRET_ROWS = RowTable(((65536, 65536, 4),), (1, 65536, 4))
 
-# 16 to 32 elements per thread: enough loads in flight, and nothing spills.
+# 16 to 32 elements per thread where a program loads once, 8 to 16 in the norms' backward, which keeps sums and weights.
 _NVIDIA_ROWS = {
     "softmax_forward": RowTable(
         ((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16), (32768, 32768, 32)), (1, 8192, 16)
@@ -134,14 +145,20 @@ _NVIDIA_ROWS = {
     "softmax_backward": RowTable(
         ((2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16), (16384, 16384, 32)), (1, 4096, 8)
     ),
-    "norm_forward": RowTable(((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16), (32768, 32768, 32)), (1, 8192, 16)),
-    "norm_backward": RowTable(((1024, 2048, 4), (2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16)), (1, 2048, 4)),
+    "norm_forward": RowTable(
+        ((256, 4096, 4), (1024, 1024, 2), (2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16), (16384, 16384, 32)),
+        (1, 4096, 8),
+    ),
+    "norm_backward": RowTable(((2048, 2048, 8), (8192, 4096, 16)), (1, 2048, 8)),
 }
 _AMD_ROWS = {
     "softmax_forward": RowTable(((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16)), (1, 8192, 16)),
     "softmax_backward": RowTable(((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16)), (1, 4096, 8)),
-    "norm_forward": RowTable(((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16)), (1, 8192, 16)),
-    "norm_backward": RowTable(((2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16)), (1, 2048, 4)),
+    "norm_forward": RowTable(
+        ((256, 4096, 4), (1024, 1024, 1), (2048, 2048, 2), (4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16)),
+        (1, 4096, 4),
+    ),
+    "norm_backward": RowTable(((2048, 2048, 4), (8192, 4096, 8)), (1, 2048, 4)),
 }
 
 ROWS = {
@@ -151,4 +168,14 @@ ROWS = {
     "sm_90": _NVIDIA_ROWS,
     "sm_100": _NVIDIA_ROWS,
     "gfx942": _AMD_ROWS,
+}
+
+# Shared memory of a multiprocessor, in bytes, that tiles on their way may fill; 0: loads wait for themselves.
+PIPELINE_SHARED = {
+    "interpret": 0,
+    "sm_80": 160 << 10,
+    "sm_86": 96 << 10,
+    "sm_90": 224 << 10,
+    "sm_100": 224 << 10,
+    "gfx942": 0,
 }
