@@ -67,7 +67,7 @@ def find(run):
     for folder in (run / "checkpoint.new", run / "checkpoint"):
         if folder.is_dir():
             return folder
-    raise UserError(f"{run} holds no checkpoint; train one with: python -m gptlib.train --out {run}")
+    raise UserError(f"{run} holds no checkpoint; one is made every --save-every steps, at the end or on SIGTERM")
 
 
 def exists(run):

@@ -114,7 +114,9 @@ def below_one(text):
 
 def parse(argv=None):
     """The flags given, None where one was not."""
-    parser = Parser(prog="python -m gptlib.train", description="Train a GPT.", allow_abbrev=False)
+    parser = Parser(
+        prog="python -m gptlib.train", description="Train a GPT.", epilog=_defaults_in_words(), allow_abbrev=False
+    )
     model = parser.add_argument_group("model")
     model.add_argument("--preset", choices=PRESETS, help="shape of the model and defaults for training (tiny)")
     model.add_argument("--n-layers", type=positive_int)
@@ -161,6 +163,14 @@ def parse(argv=None):
     again.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it stopped")
     again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     return parser.parse_args(argv)
+
+
+def _defaults_in_words():
+    def words(values):
+        return ", ".join(f"{name.replace('_', '-')} {value}" for name, value in values.items() if value is not None)
+
+    special = "; ".join(f"of {preset}: {words(values)}" for preset, values in DEFAULTS.items() if preset)
+    return f"Defaults: {words(DEFAULTS[''])}; {special}."
 
 
 def complete(given, device, stored=None):
