@@ -29,14 +29,15 @@ class Tile(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+    one_loop: bool = False  # mask every block in one loop: fewer registers than a masked loop and a plain one
     use_tma: bool = False  # tensor descriptors wherever strides allow
 
 
-def attention_tile(kernel, arch, head_dim, dtype_bytes):
+def attention_tile(kernel, arch, head_dim, dtype_bytes, dropout=False):
     """Tile of `kernel` ("forward", "dkdv", "dq", "decode") for a head dimension of 8 to 256 in 2- or 4-byte floats."""
     if arch == "interpret":
         return INTERPRET
-    tables = ATTENTION[kernel]
+    tables = ATTENTION[f"{kernel} with dropout" if dropout else kernel]
     row = tables["fp32"] if dtype_bytes == 4 else tables[table_arch(arch, tables)]
     return row[HEAD_DIMS.index(16 if head_dim <= 16 else 1 << (head_dim - 1).bit_length())]
 
@@ -88,6 +89,30 @@ ATTENTION = {
         "sm_90": _tma((16, 128, 4, 3), (16, 128, 4, 3), (16, 128, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)),
         "sm_100": _tma((16, 128, 4, 3), (16, 128, 4, 3), (16, 128, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)),
         "gfx942": _pointers((16, 128, 4, 1), (16, 128, 4, 1), (16, 128, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1)),
+    },
+    "forward with dropout": {
+        "fp32": _pointers((32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2), (32, 32, 8, 1), (16, 32, 8, 1)),
+        "sm_80": _pointers((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+        "sm_86": _pointers((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
+        "sm_90": _tma((128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
+        "sm_100": _tma((128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
+        "gfx942": _pointers((128, 64, 4, 1), (128, 64, 4, 1), (128, 64, 4, 1), (128, 64, 4, 1), (64, 32, 4, 1)),
+    },
+    "dkdv with dropout": {
+        "fp32": _pointers((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+        "sm_80": _pointers((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
+        "sm_86": _pointers((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 8, 2), (16, 64, 8, 1)),
+        "sm_90": _tma((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 1)),
+        "sm_100": _tma((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 1)),
+        "gfx942": _pointers((64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1)),
+    },
+    "dq with dropout": {
+        "fp32": _pointers((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+        "sm_80": _pointers((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
+        "sm_86": _pointers((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 8, 1)),
+        "sm_90": _tma((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
+        "sm_100": _tma((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
+        "gfx942": _pointers((64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1)),
     },
 }
 # fmt: on

@@ -38,6 +38,7 @@ from kernels.attention.tiles import (
     store_tile,
     strides,
     visible,
+    walk,
 )
 
 LOG2E = tl.constexpr(LOG2_E)
@@ -68,24 +69,28 @@ def delta_kernel(
 @triton.jit
 def accumulate_dkdv(
     dk, dv, k, v, q_src, dout_src, lse_ptr, delta_ptr, doc_start_ptr, stride_qt, stride_gt,
-    offs_k, b, h, bh, start, end, Tq, Tk, window, scale_log2, key, counter, threshold, rescale,
+    offs_k, b, h, bh, start, whole, cut, end, Tq, Tk, window, scale_log2, key, counter, threshold, rescale,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    USE_TMA: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCS: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    ONE_LOOP: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what the blocks of queries in [start, end) of one head give to dk and dv (BLOCK_K, BLOCK_D)."""
-    for start_q in tl.range(start, end, BLOCK_Q):
+    """Add to dk and dv (BLOCK_K, BLOCK_D) what one head's blocks of queries in [whole, cut) give, or with MASKED the
+    others in [start, end). Rows beyond Tq need no mask: their q, dout, lse and delta are 0, and so is what they add."""
+    first_q, last_q, leap_at, leap = walk(start, whole, cut, end, MASKED, ONE_LOOP)
+    for position in tl.range(first_q, last_q, BLOCK_Q):
+        start_q = position + tl.where(position >= leap_at, leap, 0)
         offs_q = start_q + tl.arange(0, BLOCK_Q)
         exists = offs_q < Tq
-        q = load_tile(q_src, b, h, start_q, stride_qt, Tq, HEAD_DIM, BLOCK_Q, BLOCK_D, USE_TMA, MASKED)
+        q = load_tile(q_src, b, h, start_q, stride_qt, Tq, HEAD_DIM, BLOCK_Q, BLOCK_D, USE_TMA, True)
         lse_log2 = tl.load(lse_ptr + offs_q, mask=exists, other=0.0) * LOG2E
         s_t = dot(k, q.trans(1, 0), None, INPUT_PRECISION)  # (BLOCK_K, BLOCK_Q)
         p_t = tl.exp2(s_t * scale_log2 - lse_log2[None, :])
         if MASKED:
             first = first_key(offs_q, doc_start_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS)
             seen = visible(offs_q[None, :], offs_k[:, None], first[None, :], Tq, Tk, HAS_WINDOW or HAS_DOCS)
-            p_t = tl.where(seen & exists[None, :], p_t, 0.0)
-        dout = load_tile(dout_src, b, h, start_q, stride_gt, Tq, HEAD_DIM, BLOCK_Q, BLOCK_D, USE_TMA, MASKED)
+            p_t = tl.where(seen, p_t, 0.0)
+        dout = load_tile(dout_src, b, h, start_q, stride_gt, Tq, HEAD_DIM, BLOCK_Q, BLOCK_D, USE_TMA, True)
         dp_t = dot(v, dout.trans(1, 0), None, INPUT_PRECISION)  # (BLOCK_K, BLOCK_Q)
         kept_p_t = p_t
         if HAS_DROPOUT:
@@ -106,8 +111,8 @@ def dkdv_kernel(
     stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
     H, Hkv, Tq, Tk, num_heads, num_blocks, heads_per_section, window, scale, scale_log2, threshold, rescale,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, DTYPE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    ONE_LOOP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of one block of keys. The first block is seen by most queries, so blocks run in their order."""
     block, bh_kv = schedule(num_blocks, num_heads, heads_per_section)
@@ -125,30 +130,21 @@ def dkdv_kernel(
     dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
 
-    start, full, edge, end = query_ranges(start_k, doc_end_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS, BLOCK_Q, BLOCK_K)
-    group = H // Hkv
-    for g in tl.range(0, group):
-        h = h_kv * group + g
+    start, whole, cut, end = query_ranges(start_k, doc_end_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS, BLOCK_Q, BLOCK_K)
+    for g in tl.range(0, GROUP):
+        h = h_kv * GROUP + g
         bh = b * H + h
         q_head = head_of(q_src, b, h, stride_qb, stride_qh, USE_TMA)
         dout_head = head_of(dout_src, b, h, stride_gb, stride_gh, USE_TMA)
         lse_head = lse_ptr + bh.to(tl.int64) * Tq
         delta_head = delta_ptr + bh.to(tl.int64) * Tq
-        dk, dv = accumulate_dkdv(
-            dk, dv, k, v, q_head, dout_head, lse_head, delta_head, doc_start_ptr, stride_qt, stride_gt,
-            offs_k, b, h, bh, start, full, Tq, Tk, window, scale_log2, key, counter, threshold, rescale,
-            HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D, USE_TMA, True, HAS_WINDOW, HAS_DOCS, HAS_DROPOUT, INPUT_PRECISION,
-        )  # fmt: skip
-        dk, dv = accumulate_dkdv(
-            dk, dv, k, v, q_head, dout_head, lse_head, delta_head, doc_start_ptr, stride_qt, stride_gt,
-            offs_k, b, h, bh, full, edge, Tq, Tk, window, scale_log2, key, counter, threshold, rescale,
-            HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D, USE_TMA, False, HAS_WINDOW, HAS_DOCS, HAS_DROPOUT, INPUT_PRECISION,
-        )  # fmt: skip
-        dk, dv = accumulate_dkdv(
-            dk, dv, k, v, q_head, dout_head, lse_head, delta_head, doc_start_ptr, stride_qt, stride_gt,
-            offs_k, b, h, bh, edge, end, Tq, Tk, window, scale_log2, key, counter, threshold, rescale,
-            HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D, USE_TMA, True, HAS_WINDOW, HAS_DOCS, HAS_DROPOUT, INPUT_PRECISION,
-        )  # fmt: skip
+        for WHOLE in tl.static_range(1 if ONE_LOOP else 2):  # the blocks cut by an edge, then the others
+            dk, dv = accumulate_dkdv(
+                dk, dv, k, v, q_head, dout_head, lse_head, delta_head, doc_start_ptr, stride_qt, stride_gt,
+                offs_k, b, h, bh, start, whole, cut, end, Tq, Tk, window, scale_log2, key, counter, threshold, rescale,
+                HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D, USE_TMA, ONE_LOOP, WHOLE == 0, HAS_WINDOW, HAS_DOCS, HAS_DROPOUT,
+                INPUT_PRECISION,
+            )  # fmt: skip
 
     dk_dst = head_of(dk_dst, b, h_kv, stride_dkb, stride_dkh, USE_TMA)
     dv_dst = head_of(dv_dst, b, h_kv, stride_dvb, stride_dvh, USE_TMA)
@@ -159,12 +155,16 @@ def dkdv_kernel(
 @triton.jit
 def accumulate_dq(
     dq, q, dout, lse_log2, delta, k_src, v_src, stride_kt, stride_vt,
-    offs_q, first, b, h_kv, bh, start, end, Tq, Tk, scale_log2, key, counter, threshold, rescale,
-    HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr, MASKED: tl.constexpr,
+    offs_q, first, b, h_kv, bh, start, whole, cut, end, Tq, Tk, scale_log2, key, counter, threshold, rescale,
+    HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr,
+    ONE_LOOP: tl.constexpr, MASKED: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what the blocks of keys in [start, end) give to dq (BLOCK_Q, BLOCK_D)."""
-    for start_k in tl.range(start, end, BLOCK_K):
+    """Add to dq (BLOCK_Q, BLOCK_D) what the blocks of keys in [whole, cut) give, or with MASKED the others in
+    [start, end)."""
+    first_k, last_k, leap_at, leap = walk(start, whole, cut, end, MASKED, ONE_LOOP)
+    for position in tl.range(first_k, last_k, BLOCK_K):
+        start_k = position + tl.where(position >= leap_at, leap, 0)
         offs_k = start_k + tl.arange(0, BLOCK_K)
         k = load_tile(k_src, b, h_kv, start_k, stride_kt, Tk, HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, MASKED)
         s = dot(q, k.trans(1, 0), None, INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
@@ -189,8 +189,8 @@ def dq_kernel(
     stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqh, stride_dqt,
     H, GROUP, Tq, Tk, num_heads, num_blocks, heads_per_section, window, scale, scale_log2, threshold, rescale,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, DTYPE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    ONE_LOOP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries, heaviest (last) blocks first."""
     block, bh = schedule(num_blocks, num_heads, heads_per_section)
@@ -215,25 +215,14 @@ def dq_kernel(
     delta = tl.load(delta_ptr + bh.to(tl.int64) * Tq + offs_q, mask=exists, other=0.0)
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
 
-    start, full, diagonal, end = key_ranges(
-        start_q, doc_start_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS, BLOCK_Q, BLOCK_K
-    )
-    if HAS_FIRST:
+    start, whole, cut, end = key_ranges(start_q, doc_start_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS, BLOCK_Q, BLOCK_K)
+    for WHOLE in tl.static_range(1 if ONE_LOOP else 2):  # the blocks cut by an edge, then the others
         dq = accumulate_dq(
             dq, q, dout, lse_log2, delta, k_src, v_src, stride_kt, stride_vt,
-            offs_q, first, b, h_kv, bh, start, full, Tq, Tk, scale_log2, key, counter, threshold, rescale,
-            HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, True, HAS_FIRST, HAS_DROPOUT, INPUT_PRECISION,
+            offs_q, first, b, h_kv, bh, start, whole, cut, end, Tq, Tk, scale_log2, key, counter, threshold, rescale,
+            HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, ONE_LOOP, WHOLE == 0, HAS_FIRST, HAS_DROPOUT, INPUT_PRECISION,
         )  # fmt: skip
-    dq = accumulate_dq(
-        dq, q, dout, lse_log2, delta, k_src, v_src, stride_kt, stride_vt,
-        offs_q, first, b, h_kv, bh, full, diagonal, Tq, Tk, scale_log2, key, counter, threshold, rescale,
-        HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, False, HAS_FIRST, HAS_DROPOUT, INPUT_PRECISION,
-    )  # fmt: skip
-    dq = accumulate_dq(
-        dq, q, dout, lse_log2, delta, k_src, v_src, stride_kt, stride_vt,
-        offs_q, first, b, h_kv, bh, diagonal, end, Tq, Tk, scale_log2, key, counter, threshold, rescale,
-        HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, True, HAS_FIRST, HAS_DROPOUT, INPUT_PRECISION,
-    )  # fmt: skip
+
     dq_dst = head_of(dq_dst, b, h, stride_dqb, stride_dqh, USE_TMA)
     store_tile(dq_dst, dq * scale, b, h, start_q, stride_dqt, Tq, HEAD_DIM, BLOCK_Q, BLOCK_D, DTYPE, USE_TMA)
 
@@ -268,7 +257,7 @@ def attention_backward(
     }  # fmt: skip
     delta = compute_delta(out, dout, dlse)
 
-    tile = _tuning.attention_tile("dkdv", arch, D, q.element_size())
+    tile = _tuning.attention_tile("dkdv", arch, D, q.element_size(), dropout_p > 0.0)
     dk, dv = empty_heads(B, Hkv, Tk, D, like=k), empty_heads(B, Hkv, Tk, D, like=v)
     blocks = (tile.block_q, tile.block_k, tile.block_k, tile.block_q, tile.block_k, tile.block_k)
     sources, use_tma = as_tiles((q, k, v, dout, dk, dv), blocks, block_d, tile.use_tma)
@@ -279,11 +268,11 @@ def attention_backward(
         *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
         H, Hkv, Tq, Tk, B * Hkv, num_blocks, heads_per_section(q, 1, H // Hkv), window,
         scale, scale * LOG2_E, threshold, rescale,
-        BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, USE_TMA=use_tma, **flags,
+        BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, USE_TMA=use_tma, ONE_LOOP=tile.one_loop, GROUP=H // Hkv, **flags,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
-    tile = _tuning.attention_tile("dq", arch, D, q.element_size())
+    tile = _tuning.attention_tile("dq", arch, D, q.element_size(), dropout_p > 0.0)
     dq = empty_heads(B, H, Tq, D, like=q)
     blocks = (tile.block_q, tile.block_k, tile.block_k, tile.block_q, tile.block_q)
     sources, use_tma = as_tiles((q, k, v, dout, dq), blocks, block_d, tile.use_tma)
@@ -294,7 +283,7 @@ def attention_backward(
         *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dq),
         H, H // Hkv, Tq, Tk, B * H, num_blocks, heads_per_section(k, H // Hkv), window,
         scale, scale * LOG2_E, threshold, rescale,
-        BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, USE_TMA=use_tma, **flags,
+        BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, USE_TMA=use_tma, ONE_LOOP=tile.one_loop, **flags,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return dq, dk, dv

@@ -30,6 +30,7 @@ from kernels.attention.tiles import (
 )
 
 MAX_ROWS = 64  # GROUP * Tq: more queries than this fill the general kernel's tiles
+MAX_SPANS = 128
 MIN_SPAN = 256  # keys: a shorter span does not pay for its merge
 
 
@@ -104,8 +105,8 @@ def merge_kernel(
 
 def num_spans_for(q, k):
     """How many spans fill the GPU twice over, none shorter than MIN_SPAN."""
-    programs = k.shape[0] * k.shape[1]
-    return max(1, min(triton.cdiv(2 * _runtime.multiprocessors(q.device), programs), k.shape[2] // MIN_SPAN, 128))
+    wanted = 2 * _runtime.multiprocessors(q.device) // max(1, k.shape[0] * k.shape[1])
+    return max(1, min(wanted, k.shape[2] // MIN_SPAN, MAX_SPANS))
 
 
 def applies(q, k, dropout_p, cu_seqlens):

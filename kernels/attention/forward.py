@@ -35,6 +35,7 @@ from kernels.attention.tiles import (
     store_tile,
     strides,
     visible,
+    walk,
 )
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -52,13 +53,16 @@ def online_softmax_update(s, m, l, acc, scale_log2):
 
 @triton.jit
 def attend(
-    m, l, acc, q, k_src, v_src, stride_kt, stride_vt, offs_q, first, b, h_kv, bh, start, end, Tq, Tk,
-    scale_log2, key, counter, threshold,
-    HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr, MASKED: tl.constexpr,
+    m, l, acc, q, k_src, v_src, stride_kt, stride_vt, offs_q, first, b, h_kv, bh,
+    start, whole, cut, end, Tq, Tk, scale_log2, key, counter, threshold,
+    HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr,
+    ONE_LOOP: tl.constexpr, MASKED: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend to the blocks of keys in [start, end)."""
-    for start_k in tl.range(start, end, BLOCK_K):
+    """Attend to the blocks of keys in [whole, cut), or with MASKED to the others in [start, end)."""
+    first_k, last_k, leap_at, leap = walk(start, whole, cut, end, MASKED, ONE_LOOP)
+    for position in tl.range(first_k, last_k, BLOCK_K):
+        start_k = position + tl.where(position >= leap_at, leap, 0)
         k = load_tile(k_src, b, h_kv, start_k, stride_kt, Tk, HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, MASKED)
         s = dot(q, k.trans(1, 0), None, INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
         if MASKED:
@@ -80,8 +84,8 @@ def attention_forward_kernel(
     stride_ob, stride_oh, stride_ot,
     H, GROUP, Tq, Tk, num_heads, num_blocks, heads_per_section, window, scale_log2, threshold, rescale,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr, DTYPE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    ONE_LOOP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, bh = schedule(num_blocks, num_heads, heads_per_section)
     b, h = bh // H, bh % H
@@ -102,25 +106,13 @@ def attention_forward_kernel(
     l = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
 
-    start, full, diagonal, end = key_ranges(
-        start_q, doc_start_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS, BLOCK_Q, BLOCK_K
-    )
-    if HAS_FIRST:
+    start, whole, cut, end = key_ranges(start_q, doc_start_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS, BLOCK_Q, BLOCK_K)
+    for WHOLE in tl.static_range(1 if ONE_LOOP else 2):  # the blocks cut by an edge, then the others
         m, l, acc = attend(
-            m, l, acc, q, k_src, v_src, stride_kt, stride_vt, offs_q, first, b, h_kv, bh, start, full, Tq, Tk,
-            scale_log2, key, counter, threshold,
-            HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, True, HAS_FIRST, HAS_DROPOUT, INPUT_PRECISION,
+            m, l, acc, q, k_src, v_src, stride_kt, stride_vt, offs_q, first, b, h_kv, bh,
+            start, whole, cut, end, Tq, Tk, scale_log2, key, counter, threshold,
+            HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, ONE_LOOP, WHOLE == 0, HAS_FIRST, HAS_DROPOUT, INPUT_PRECISION,
         )  # fmt: skip
-    m, l, acc = attend(
-        m, l, acc, q, k_src, v_src, stride_kt, stride_vt, offs_q, first, b, h_kv, bh, full, diagonal, Tq, Tk,
-        scale_log2, key, counter, threshold,
-        HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, False, HAS_FIRST, HAS_DROPOUT, INPUT_PRECISION,
-    )  # fmt: skip
-    m, l, acc = attend(
-        m, l, acc, q, k_src, v_src, stride_kt, stride_vt, offs_q, first, b, h_kv, bh, diagonal, end, Tq, Tk,
-        scale_log2, key, counter, threshold,
-        HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, True, HAS_FIRST, HAS_DROPOUT, INPUT_PRECISION,
-    )  # fmt: skip
 
     out = acc * (rescale / tl.where(l == 0.0, 1.0, l))[:, None]
     out_dst = head_of(out_dst, b, h, stride_ob, stride_oh, USE_TMA)
@@ -133,7 +125,7 @@ def attention_forward(q, k, v, scale, dropout_p=0.0, rng=None, window=0, doc_sta
     """Launch the forward: out (B, H, Tq, D) stored as (B, Tq, H, D), and lse (B, H, Tq) fp32."""
     B, H, Tq, D = q.shape
     Hkv, Tk = k.shape[1], k.shape[2]
-    tile = _tuning.attention_tile("forward", _runtime.arch(q.device), D, q.element_size())
+    tile = _tuning.attention_tile("forward", _runtime.arch(q.device), D, q.element_size(), dropout_p > 0.0)
     block_d = padded_head_dim(D)
     out = empty_heads(B, H, Tq, D, like=q)
     lse = q.new_empty((B, H, Tq), dtype=torch.float32)
@@ -146,7 +138,8 @@ def attention_forward(q, k, v, scale, dropout_p=0.0, rng=None, window=0, doc_sta
         *sources, lse, doc_start, rng, *strides(q), *strides(k), *strides(v), *strides(out),
         H, H // Hkv, Tq, Tk, B * H, num_blocks, heads_per_section(k, H // Hkv), window,
         scale * LOG2_E, threshold, rescale,
-        HEAD_DIM=D, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, BLOCK_D=block_d, USE_TMA=use_tma,
+        HEAD_DIM=D, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, BLOCK_D=block_d,
+        USE_TMA=use_tma, ONE_LOOP=tile.one_loop,
         HAS_WINDOW=window > 0, HAS_DOCS=doc_start is not None, HAS_DROPOUT=dropout_p > 0.0,
         DTYPE=_runtime.TL_DTYPES[q.dtype], INPUT_PRECISION=_runtime.fp32_precision(q.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages,

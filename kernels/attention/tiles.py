@@ -2,8 +2,9 @@
 
 Query i sees keys first(i) <= j <= i + Tk - Tq, causal at the bottom right, with
 first(i) = max(0, i + Tk - Tq - W + 1 with a window W, the start of i's document with packed documents).
-Both ends never decrease with i, so the blocks a tile must visit are one range, split in three: blocks cut by the left
-edge, blocks every row sees whole (no mask), and blocks cut by the diagonal.
+Both ends never decrease with i, so the blocks that a tile must visit are one range [start, end), and those that all of
+its rows see whole are a range [whole, cut) inside it. A kernel walks twice: with a mask over the blocks cut by an edge,
+leaping over [whole, cut); then over [whole, cut) without one.
 """
 
 import math
@@ -123,18 +124,18 @@ def key_ranges(
     start_q, doc_start_ptr, Tq, Tk, window,
     HAS_WINDOW: tl.constexpr, HAS_DOCS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """start, full, diagonal, end: blocks of keys [start, full) are cut by the left edge of what queries
-    start_q ... start_q + BLOCK_Q - 1 see, [full, diagonal) are seen whole, [diagonal, end) are cut by the diagonal."""
+    """start, whole, cut, end: of the blocks of keys, queries start_q ... start_q + BLOCK_Q - 1 see those in [start,
+    end), and those in [whole, cut) entirely; before, window or document cut them, after, the diagonal."""
     last_q = tl.minimum(start_q + BLOCK_Q, Tq) - 1
     end = last_q + (Tk - Tq) + 1
-    diagonal = (start_q + (Tk - Tq) + 1) // BLOCK_K * BLOCK_K
+    cut = (start_q + (Tk - Tq) + 1) // BLOCK_K * BLOCK_K
     start = start_q * 0
-    full = start_q * 0
+    whole = start_q * 0
     if HAS_WINDOW or HAS_DOCS:
         start = first_key(start_q, doc_start_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS) // BLOCK_K * BLOCK_K
-        full = tl.cdiv(first_key(last_q, doc_start_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS), BLOCK_K) * BLOCK_K
-    full = tl.minimum(full, end)
-    return start, full, tl.maximum(full, diagonal), end
+        whole = tl.cdiv(first_key(last_q, doc_start_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS), BLOCK_K) * BLOCK_K
+    whole = tl.minimum(whole, end)
+    return start, whole, tl.maximum(whole, cut), end
 
 
 @triton.jit
@@ -142,16 +143,30 @@ def query_ranges(
     start_k, doc_end_ptr, Tq, Tk, window,
     HAS_WINDOW: tl.constexpr, HAS_DOCS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """start, full, edge, end: blocks of queries [start, full) see keys start_k ... start_k + BLOCK_K - 1 cut by the
-    diagonal, [full, edge) see them whole, [edge, end) are cut by window, document or the last query."""
+    """start, whole, cut, end: of the blocks of queries, those in [start, end) see some of keys start_k ...
+    start_k + BLOCK_K - 1 and those in [whole, cut) all; before, the diagonal cuts, after, window or document."""
     last_k = tl.minimum(start_k + BLOCK_K, Tk) - 1
     start = tl.maximum(start_k - (Tk - Tq), 0) // BLOCK_Q * BLOCK_Q
-    full = tl.cdiv(tl.maximum(start_k + BLOCK_K - 1 - (Tk - Tq), 0), BLOCK_Q) * BLOCK_Q
+    whole = tl.cdiv(tl.maximum(start_k + BLOCK_K - 1 - (Tk - Tq), 0), BLOCK_Q) * BLOCK_Q
     end = end_query(last_k, doc_end_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS)
-    edge = end_query(start_k, doc_end_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS)
-    edge = tl.minimum(edge, end) // BLOCK_Q * BLOCK_Q
-    full = tl.minimum(full, end)
-    return start, full, tl.maximum(full, edge), end
+    cut = end
+    if HAS_WINDOW or HAS_DOCS:
+        cut = end_query(start_k, doc_end_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS)
+        cut = tl.minimum(cut, end) // BLOCK_Q * BLOCK_Q
+    whole = tl.minimum(whole, end)
+    return start, whole, tl.maximum(whole, cut), end
+
+
+@triton.jit
+def walk(start, whole, cut, end, MASKED: tl.constexpr, ONE_LOOP: tl.constexpr):
+    """first, last, leap_at, leap: a loop over [first, last) visits each block, at its position, or `leap` further once
+    it is at leap_at: with MASKED those outside of [whole, cut), else those inside; with ONE_LOOP all of them."""
+    if ONE_LOOP:
+        return start, end, end, end * 0
+    elif MASKED:
+        return start, end - (cut - whole), whole, cut - whole
+    else:
+        return whole, cut, cut, cut * 0
 
 
 # ---- on the host -----------------------------------------------------------------------------------------------------
@@ -180,7 +195,11 @@ def tma_strides(x):
     dense = max(1, x.shape[-1])
     strides = [s if n > 1 else max(dense, 16) for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
     aligned = x.data_ptr() % 16 == 0 if x.device.type != "meta" else True
-    if not aligned or any(s == 0 or s * x.element_size() % 16 or s * x.element_size() >= 2**40 for s in strides):
+    if (
+        not aligned
+        or x.numel() == 0
+        or any(s == 0 or s * x.element_size() % 16 or s * x.element_size() >= 2**40 for s in strides)
+    ):
         return None
     return [*strides, 1]
 
