@@ -65,10 +65,10 @@ def device_name(device):
     return torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU"
 
 
-def device_folder(device):
-    """Name of the device's folder under results/: "h100-80gb-hbm3", "cpu"."""
+def results_folder(device):
+    """The device's folder of published results: results/h100-80gb-hbm3, results/cpu."""
     words = re.findall(r"[a-z0-9]+", device_name(device).lower())
-    return "-".join(w for w in words if w not in ("nvidia", "amd", "geforce"))
+    return ROOT / "results" / "-".join(w for w in words if w not in ("nvidia", "amd", "geforce"))
 
 
 def git_commit():

@@ -14,6 +14,20 @@ def rate_unit(bound, device):
     return "GB/s" if bound == "bytes" else "TFLOP/s" if device.type == "cuda" else "GFLOP/s"
 
 
+def save(folder, name, rows, columns, facts):
+    """<folder>/<name>.csv and .json, each replaced whole."""
+    base = Path(folder) / name
+    table.write_csv(base.with_suffix(".csv"), rows, columns)
+    table.write_json(base.with_suffix(".json"), facts)
+
+
+def ceiling_lines(ceilings, device):
+    """What the ceilings of a run are, one line each."""
+    for name, value in ceilings.items():
+        unit = rate_unit("bytes" if name == "copy" else "flops", device)
+        yield f"ceiling, measured in this run: {name} {value / UNITS[unit][0]:.1f} {unit}"
+
+
 class Report:
     """Where rows go: CSV and JSON after every row, tables at the end."""
 
@@ -25,9 +39,7 @@ class Report:
         self.done = []
 
     def save(self, rows, folder=None):
-        base = Path(folder or self.args.out) / self.bench.name
-        table.write_csv(base.with_suffix(".csv"), [*self.done, *rows], self.columns)
-        table.write_json(base.with_suffix(".json"), self.facts)
+        save(folder or self.args.out, self.bench.name, [*self.done, *rows], self.columns, self.facts)
 
     def finish_op(self, op, rows):
         self.done += rows
@@ -62,12 +74,9 @@ class Report:
         self.facts["complete"] = True
         self.save([])
         if self.args.publish:
-            self.save([], environment.ROOT / "results" / environment.device_folder(self.device))
+            self.save([], environment.results_folder(self.device))
         print()
-        for name, value in self.facts["ceilings"].items():
-            unit = rate_unit("bytes" if name == "copy" else "flops", self.device)
-            print(f"ceiling, measured in this run: {name} {value / UNITS[unit][0]:.1f} {unit}")
-        for line in self.facts["missing"]:
+        for line in [*ceiling_lines(self.facts["ceilings"], self.device), *self.facts["missing"]]:
             print(line)
         if self.device.type == "cpu":
             print(

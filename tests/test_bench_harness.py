@@ -303,7 +303,7 @@ def test_the_table_marks_the_best_and_shows_why_a_cell_is_empty():
 
 def test_folder_and_command_name_no_machine(monkeypatch):
     monkeypatch.setattr(environment, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    assert environment.device_folder("cuda") == "h100-80gb-hbm3"
+    assert environment.results_folder("cuda") == environment.ROOT / "results" / "h100-80gb-hbm3"
     monkeypatch.setattr("sys.argv", [str(environment.ROOT / "bench" / "attention.py"), "--seq", "8"])
     assert environment.command_line() == "python bench/attention.py --seq 8"
 

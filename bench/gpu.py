@@ -1,0 +1,229 @@
+"""Everything a GPU can say about this project, in one command and a given number of minutes: `make gpu`.
+
+    python3 bench/gpu.py
+    python3 bench/gpu.py --minutes 25 --only tests,attention
+    GPU_OUT=/somewhere python3 bench/gpu.py
+
+Runs, each as a process of its own: a report of the environment, the tests with the kernels compiled for real, then the
+long tests, the benches on their key shapes, training steps, and the plots. Needs an uninstalled checkout, python3 and
+torch 2.11 or newer, neither git nor network.
+
+The minutes are shared out: a step may take its share of what is left, and what it does not use goes to the later ones.
+A step that fails or runs out of time is reported and passed over. Logs, CSVs and summary.json land in the folder
+GPU_OUT (runs/gpu by default) as they come, and all of it in results.tar.gz there, rewritten after every step.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHIVE = "results.tar.gz"
+LEAST_S = 5  # a step with less time than this is not started
+GRACE_S = 10  # for a step that is asked to stop: pytest then still prints what failed so far
+TEST_PROCESSES = 8
+PROBE = "import torch; print(torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name())"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and its share of the time."""
+
+    name: str
+    share: float
+    command: tuple
+
+
+@dataclass
+class Outcome:
+    """What became of a step: "ok", "failed", "out of time" or "not started"."""
+
+    name: str
+    status: str
+    seconds: float = 0.0
+    limit_s: float = 0.0
+    note: str = ""
+
+
+def plan(device, out, commit=None):
+    """All steps in order. On a CPU the same commands on shapes small enough to rehearse with."""
+    python, results = sys.executable, str(Path(out) / "results")
+    tests = [python, "-m", "pytest", "tests", "-q", "--tb=short", "-p", "no:cacheprovider", "--maxfail=40"]
+    if importlib.util.find_spec("xdist"):
+        tests += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
+    common = ["--device", device, "--out", results, *(["--commit", commit] if commit else [])]
+
+    def bench(name, on_gpu, on_cpu):
+        return (python, f"bench/{name}.py", *common, *(on_gpu if device != "cpu" else on_cpu).split())
+
+    attention = "--seq 512,1024,2048,4096,8192,16384 --head-dim 64,128 --mode fwd,bwd --budget 0.1"
+    rows = "--length 1024,2048,4096,8192,16384,32768,65536,131072 --mode fwd,bwd --budget 0.1"
+    train = "--preset gpt2 --attn reference,sdpa,flex,triton --norm torch,triton --seq 1024"
+    tiny_train = "--preset tiny --n-layers 1 --seq 32 --steps 3 --attn reference,sdpa --norm torch"
+    return [
+        Step("environment", 0.3, (python, "bench/environment.py")),
+        Step("tests", 2.5, tuple(tests)),
+        Step("tests-deep", 1.5, (*tests, "-m", "deep")),
+        Step("attention", 2.0, bench("attention", attention, "--seq 64 --providers reference,sdpa --budget 0.01")),
+        Step("softmax", 0.7, bench("softmax", f"--op softmax {rows}", "--length 64 --providers reference,torch")),
+        Step(
+            "layernorm", 0.8, bench("layernorm", f"--op layer_norm {rows}", "--length 64 --providers reference,torch")
+        ),
+        Step("train", 1.0, bench("train", train, tiny_train)),
+        Step("train-compiled", 1.0, bench("train", train + " --compile", tiny_train)),
+        Step("report", 0.2, (python, "bench/report.py", "--results", results)),
+    ]
+
+
+def limit_of(steps, index, remaining_s):
+    """Seconds that step `index` may take: its share of the time left to it and the steps after it."""
+    return remaining_s * steps[index].share / sum(step.share for step in steps[index:])
+
+
+def run_all(steps, minutes, out, run_step, now=time.monotonic):
+    """Outcomes of all steps, saved and archived as they come. `run_step(step, limit_s, log)` gives one Outcome."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    end = now() + 60 * minutes
+    outcomes = []
+    for index, step in enumerate(steps):
+        limit_s = limit_of(steps, index, end - now())
+        if limit_s < LEAST_S:
+            outcome = Outcome(step.name, "not started", note="no time left")
+        else:
+            print(f"[{index + 1}/{len(steps)}] {step.name}, at most {limit_s:.0f} s ...", flush=True)
+            outcome = run_step(step, limit_s, out / f"{index + 1:02d}-{step.name}.log")
+        print(f"    {outcome.status} after {outcome.seconds:.0f} s  {outcome.note}", flush=True)
+        outcomes.append(outcome)
+        save(outcomes, out)
+    return outcomes
+
+
+def run_step(step, limit_s, log):
+    """Run a step's command in a process group of its own, its output to `log`, killed when its time is over."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    start = time.monotonic()
+    with open(log, "w") as output:
+        output.write("$ " + " ".join(step.command) + "\n")
+        output.flush()
+        process = subprocess.Popen(
+            step.command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(limit_s)
+            status = "ok" if code == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            code, status = None, "out of time"
+        finally:
+            stop(process)
+    note = last_line(log)
+    if status == "failed":
+        note = f"exit code {code}: {note}"
+    return Outcome(step.name, status, time.monotonic() - start, limit_s, note)
+
+
+def stop(process):
+    """End a step, and whatever it left running: an interrupt first, then for good."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def last_line(log):
+    """The last line of a log that says something, at most 120 characters."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", Path(log).read_text(errors="replace")).replace("\r", "\n").splitlines()
+    return next((line.strip()[:120] for line in reversed(lines) if re.search(r"\w", line)), "")
+
+
+def save(outcomes, out):
+    """summary.json, and the archive of everything in `out`."""
+    write = out / "summary.json.partial"
+    write.write_text(json.dumps([asdict(o) for o in outcomes], indent=2) + "\n")
+    os.replace(write, out / "summary.json")
+    partial = out / f".{ARCHIVE}"
+    with tarfile.open(partial, "w:gz") as archive:
+        for path in sorted(out.rglob("*")):
+            if path.is_file() and path.name not in (ARCHIVE, partial.name):
+                archive.add(path, arcname=Path("gpu") / path.relative_to(out))
+    os.replace(partial, out / ARCHIVE)
+
+
+def summary(outcomes):
+    """The short table at the end."""
+    width = max(len(o.name) for o in outcomes)
+    return "\n".join(f"{o.name:<{width}}  {o.status:<11}  {o.seconds:>5.0f} s  {o.note}" for o in outcomes)
+
+
+def figures(results):
+    """Ours beside the fastest other provider, a line per shape, from the CSVs that the steps wrote."""
+    sys.path.insert(0, str(ROOT))
+    from bench import report
+
+    return "\n".join(line for found in report.load(results) for line in report.digest(found))
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p.add_argument("--minutes", type=float, default=10.0, help="for everything (10)")
+    p.add_argument("--only", help="comma-separated steps")
+    p.add_argument("--out", default=os.environ.get("GPU_OUT", str(ROOT / "runs" / "gpu")), help="folder (GPU_OUT)")
+    p.add_argument("--commit", help="commit id to record, for a checkout without git")
+    p.add_argument("--device", default="cuda", help="cuda; cpu rehearses the same commands on tiny shapes")
+    args = p.parse_args(argv)
+    if not args.minutes > 0:
+        p.error(f"--minutes {args.minutes:g} is not positive")
+    return args
+
+
+def refusal(device):
+    """Why this machine cannot run, or None."""
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
+    if done.returncode:
+        return f"{sys.executable} cannot import torch: {done.stderr.strip().splitlines()[-1]}"
+    version, found = done.stdout.strip().split(" ", 1)
+    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < (2, 11):
+        return f"torch {version} is too old; 2.11 or newer is needed"
+    if device != "cpu" and found == "False":
+        return f"torch {version} sees no GPU here; --device cpu rehearses the steps without one"
+    return None
+
+
+def main(argv=None):
+    args = parse(argv)
+    out = Path(args.out).resolve()
+    steps = plan(args.device, out, args.commit)
+    names = [step.name for step in steps]
+    wanted = args.only.split(",") if args.only else names
+    unknown = [name for name in wanted if name not in names]
+    problem = f"--only {','.join(unknown)} is unknown; steps: {', '.join(names)}" if unknown else refusal(args.device)
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    outcomes = run_all([s for s in steps if s.name in wanted], args.minutes, out, run_step)
+    print(f"\n{figures(out / 'results')}\n\n{summary(outcomes)}\n\nall of it: {out / ARCHIVE}")
+    return 0 if all(o.status == "ok" for o in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

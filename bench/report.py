@@ -1,0 +1,254 @@
+"""Pictures and tables from results/: python bench/report.py
+
+Reads what the benches published (results/<device>/<bench>.csv and .json), draws a PNG beside each and rewrites the
+tables of results/README.md and README.md between their markers. No number in those tables is typed by hand, and
+nothing here needs torch or a GPU. `--results DIR` does the same for another folder, its own README.md included.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:  # run as a script: the checkout belongs on the path, not bench/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from bench import table
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+BENCHES = ("attention", "softmax", "layernorm", "train", "train-compiled")
+SHAPES = {"attention": ("head_dim", "seq", "mode"), "softmax": ("length", "mode"), "layernorm": ("length", "mode")}
+CAUSES = {"oom": "out of memory", "parity": "checked, not timed (interpreter)", "wrong": "refused: wrong"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One published bench: its device's folder, its rows and what its JSON says of the run."""
+
+    folder: Path
+    bench: str
+    rows: list
+    facts: dict
+
+    @property
+    def timed(self):
+        return [row for row in self.rows if row["status"] == "ok"]
+
+    @property
+    def on_cpu(self):
+        return self.facts["device"] == "CPU"
+
+
+def load(results):
+    """All Results under a folder, GPUs before CPUs, each device's benches in the order of BENCHES."""
+    found = []
+    for folder in sorted(p for p in Path(results).glob("*") if p.is_dir()):
+        found += read_folder(folder)
+    found += read_folder(Path(results))
+    return sorted(found, key=lambda r: (r.on_cpu, r.folder.name, BENCHES.index(r.bench)))
+
+
+def read_folder(folder):
+    found = []
+    for bench in BENCHES:
+        rows, facts = folder / f"{bench}.csv", folder / f"{bench}.json"
+        if rows.is_file() and facts.is_file():
+            stored = table.read_csv(rows)
+            found += [Result(folder, bench, stored, json.loads(facts.read_text()))] if stored else []
+    return found
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def markdown(header, lines):
+    """A Markdown table, numbers to the right."""
+    rule = ["---" if i == 0 else "---:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [header, rule, *lines])
+
+
+def speed_table(result, value="rate", *, lowest=False, modes=None):
+    """Providers side by side, a line per shape and mode, the best in bold."""
+    rows = [r for r in result.rows if modes is None or r["mode"] in modes]
+    keys = [k for k in ("op", "dtype", *SHAPES[result.bench]) if k == "mode" or len({r[k] for r in rows}) > 1]
+    names = list(dict.fromkeys(r["provider"] for r in rows))
+    lines = {}
+    for row in rows:
+        lines.setdefault(tuple(row[k] for k in keys), {})[row["provider"]] = row
+    body = []
+    for key, by_name in lines.items():
+        values = [r[value] for r in by_name.values() if r.get(value) is not None]
+        best = f"{(min if lowest else max)(values):.1f}" if values else None
+        body.append([*key, *(cell(by_name.get(name), value, best) for name in names)])
+    return markdown([*keys, *names], body)
+
+
+def cell(row, value, best):
+    if row is None:
+        return "-"
+    if row.get(value) is None:
+        return row["status"]
+    text = f"{row[value]:.1f}"
+    return f"**{text}**" if text == best else text
+
+
+def train_table(result):
+    """A line per contestant and sequence length, the fastest of each length in bold."""
+    lines = []
+    for row in result.rows:
+        line = [row["preset"], row["seq"], row["attn"], row["norm"], row["batch"]]
+        if row["tokens_per_s"] is None:
+            lines.append([*line, row["status"], *[""] * 4])
+            continue
+        fastest = max(r["tokens_per_s"] for r in result.timed if r["seq"] == row["seq"])
+        speed = f"{row['tokens_per_s']:,.0f}"
+        mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        step = f"{row['p50_ms']:.1f} ({row['p20_ms']:.1f} to {row['p80_ms']:.1f})"
+        speed = f"**{speed}**" if row["tokens_per_s"] == fastest else speed
+        lines.append([*line, speed, step, mfu, f"{row['share']:.0%}", f"{row['peak_mib']:,.0f}"])
+    header = ["preset", "seq", "attn", "norm", "batch", "tokens/s", "step ms, p50 (p20 to p80)", "MFU"]
+    return markdown([*header, "of ceiling", "peak MiB"], lines)
+
+
+def provenance(result):
+    """Where figures come from, in one line."""
+    facts = result.facts
+    versions = ", ".join(f"{n} {facts['packages'][n]}" for n in ("torch", "triton") if n in facts["packages"])
+    device = facts["cpu"] + f", {facts['torch_threads']} threads" if result.on_cpu else facts["device"]
+    partial = "" if facts["complete"] else " The run was cut short."
+    return f"`{facts['command']}`, {facts['date'][:10]}, commit {facts['commit']}, {device}, {versions}.{partial}"
+
+
+def ceilings(result):
+    """The ceilings of a run in words."""
+    size, unit = (1e9, "GFLOP/s") if result.on_cpu else (1e12, "TFLOP/s")
+    return "Ceilings measured in the same run: " + ", ".join(
+        f"{name} {value / 1e9:,.0f} GB/s" if name == "copy" else f"{name} {value / size:,.1f} {unit}"
+        for name, value in result.facts["ceilings"].items()
+    )
+
+
+def section(result, link):
+    """One bench of results/README.md. `link(name)` is the path of a picture as seen from there."""
+    titles = {"train": "Training steps", "train-compiled": "Training steps, compiled"}
+    lines = [f"### {titles.get(result.bench, result.bench.capitalize())}", "", provenance(result), ""]
+    if result.bench in SHAPES:
+        unit = next((r["unit"] for r in result.rows), "")
+        share = best_share(result)
+        lines += [f"{unit} at the median; bold is the best of a line. {ceilings(result)}.{share}", ""]
+        lines += [speed_table(result), "", "Peak memory in MiB, inputs included:", ""]
+        lines += [speed_table(result, "peak_mib", lowest=True)]
+    else:
+        lines += [f"MFU = {result.facts['mfu_formula']}. {ceilings(result)}.", "", train_table(result)]
+    statuses = {r["status"] for r in result.rows} & set(CAUSES)
+    if statuses:
+        lines += ["", "; ".join(f"{s}: {CAUSES[s]}" for s in sorted(statuses)) + "."]
+    for name in pictures(result):
+        lines += ["", f"![{name}]({link(result.folder / name)})"]
+    return "\n".join(lines)
+
+
+def best_share(result):
+    """The highest share of its ceiling that anyone reaches, in words."""
+    if not result.timed:
+        return ""
+    row = max(result.timed, key=lambda r: r["share"])
+    shape = ", ".join(f"{k} {row[k]}" for k in SHAPES[result.bench])
+    return f" The highest share of its ceiling: {row['provider']}, {row['share']:.0%} ({shape})."
+
+
+def results_page(found, folder):
+    """The text of results/README.md."""
+    parts = ["# Results", "", "Written by `python bench/report.py` from the CSVs beside it; nothing is typed by hand."]
+    for name in dict.fromkeys(r.folder for r in found):
+        own = [r for r in found if r.folder == name]
+        parts += ["", f"## {own[0].facts['device'] if not own[0].on_cpu else own[0].facts['cpu'] + ' (CPU)'}"]
+        parts += ["\n" + section(result, lambda path: path.relative_to(folder).as_posix()) for result in own]
+        roofline = name / "roofline.png"
+        if any(r.timed and r.bench in SHAPES for r in own):
+            parts += ["", "### Roofline", "", f"![roofline]({roofline.relative_to(folder).as_posix()})"]
+    return "\n".join(parts) + "\n"
+
+
+def readme_region(found, root):
+    """What the project's README shows: the first device's attention and training figures."""
+    first = [r for r in found if r.folder == found[0].folder]
+    parts = []
+    for result in first:
+        picture = result.folder / f"{result.bench}.png"
+        if result.bench == "attention":
+            parts += [f"Causal attention, {result.rows[0]['unit']}. {ceilings(result)}. {provenance(result)}"]
+            parts += ["", speed_table(result), "", f"![attention]({picture.relative_to(root).as_posix()})", ""]
+        elif result.bench in ("train", "train-compiled"):
+            parts += [f"Whole training steps{', compiled' * ('compiled' in result.bench)}. {provenance(result)}"]
+            parts += ["", train_table(result), ""]
+    others = (first[0].folder.parent / "README.md").relative_to(root).as_posix()
+    return "\n".join([*parts, f"All tables, memory, row kernels and the roofline: [{others}]({others})."])
+
+
+def replace_region(text, region):
+    """`text` with what stands between the markers replaced."""
+    before, rest = text.split(BEGIN, 1)
+    return f"{before}{BEGIN}\n{region}\n{END}{rest.split(END, 1)[1]}"
+
+
+def digest(result):
+    """Ours beside the fastest other, one line per shape: for the end of a run."""
+    kernels = result.bench in SHAPES
+    speed = "rate" if kernels else "tokens_per_s"
+    keys = ("op", "dtype", *SHAPES[result.bench]) if kernels else ("bench", "preset", "seq")
+    shapes = {}
+    for row in result.timed:
+        shapes.setdefault(tuple(row[k] for k in keys), []).append(row)
+    for shape, rows in shapes.items():
+        ours = [r for r in rows if "triton" in r["provider"].split("+")]
+        peers = [r for r in rows if "triton" not in r["provider"]]
+        if ours and peers:
+            best, peer = (max(group, key=lambda r: r[speed]) for group in (ours, peers))
+            yield (
+                f"{' '.join(map(str, shape))}: {best['provider']} {best[speed]:,.1f} {best.get('unit', 'tokens/s')}, "
+                f"{best[speed] / peer[speed]:.2f} x {peer['provider']} ({peer[speed]:,.1f})"
+            )
+
+
+def pictures(result):
+    """Names of the pictures drawn for a bench."""
+    if not result.timed:
+        return []
+    return ["attention.png", "attention-memory.png"] if result.bench == "attention" else [f"{result.bench}.png"]
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p.add_argument("--results", default=str(ROOT / "results"), metavar="DIR")
+    p.add_argument("--readme", default=str(ROOT / "README.md"), metavar="FILE", help="rewritten for results/ alone")
+    args = p.parse_args(argv)
+    folder = Path(args.results).resolve()
+    found = load(folder)
+    if not found:
+        print(f"error: {args.results} holds no results; run a bench with --publish first", file=sys.stderr)
+        return 2
+    from bench import plots
+
+    for path in plots.draw_all(found):
+        print(f"drew {path}")
+    table.write_whole(folder / "README.md", results_page(found, folder))
+    print(f"wrote {folder / 'README.md'}")
+    readme = Path(args.readme).resolve()
+    if folder == readme.parent / "results":
+        text = readme.read_text()
+        if BEGIN not in text or END not in text:
+            print(f"error: {readme.name} lacks the markers {BEGIN} and {END}", file=sys.stderr)
+            return 2
+        table.write_whole(readme, replace_region(text, readme_region(found, readme.parent)))
+        print(f"wrote the tables of {readme}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
