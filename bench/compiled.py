@@ -266,6 +266,22 @@ def programs_per_sm(arch, registers, num_warps, shared, tensor_memory=0):
     return 0 if shared > limits.shared_per_program else min(fits)
 
 
+def faults(row, ceiling=0):
+    """What keeps a row from being shipped, in words: none if it compiles, spills no more than `ceiling` bytes, uses the
+    instructions that its case expects, and fits the architecture's shared memory."""
+    if row["status"] != "ok":
+        return [row["status"]]
+    found = []
+    if row["spill_bytes"] > ceiling:
+        found.append(f"spills {row['spill_bytes']} bytes per thread, at most {ceiling} allowed")
+    if row["missing"]:
+        found.append(f"lacks {row['missing']}")
+    if row["programs_per_sm"] == 0:
+        most = LIMITS[row["arch"]].shared_per_program
+        found.append(f"asks for {row['shared']} bytes of shared memory, {row['arch']} has {most}")
+    return found
+
+
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
@@ -367,21 +383,22 @@ class Workers:
             worker.close()
         self.folder.cleanup()
 
-    def _run(self, function, *arguments):
+    def run(self, function, *arguments, timeout=TIMEOUT_S):
+        """function(*arguments) in an idle worker; at most `count` calls at a time."""
         worker = self.idle.pop()
         try:
-            return worker.call(function, *arguments)
+            return worker.call(function, *arguments, timeout=timeout)
         finally:
             self.idle.append(worker)
 
     def list_jobs(self, cases, archs):
         """[Job] of all cases on all architectures."""
-        futures = [self.threads.submit(self._run, list_jobs, cases, arch) for arch in archs]
+        futures = [self.threads.submit(self.run, list_jobs, cases, arch) for arch in archs]
         return [job for future in futures for job in future.result()]
 
     def compile(self, jobs):
         """Yield a row of facts per job, as they finish; a crash of the compiler is a row with that status."""
-        futures = {self.threads.submit(self._run, compile_job, job): job for job in jobs}
+        futures = {self.threads.submit(self.run, compile_job, job): job for job in jobs}
         for future in as_completed(futures):
             try:
                 yield future.result()

@@ -1,5 +1,7 @@
 """Small kernels for the tests of the compile report: a matmul, a row softmax, and two that go wrong."""
 
+import os
+import time
 from functools import partial
 
 import torch
@@ -44,25 +46,37 @@ def call_matmul(block_m, block_n, num_warps, dtype=torch.bfloat16):
     launch(matmul_kernel, (8, 8), *descriptors, c, 1024, 1024, num_warps=num_warps, num_stages=3, **sizes)
 
 
-def call_softmax(n, bias=False):
+def call_softmax(n, num_warps=4):
     x, out = (torch.empty(8, n, dtype=torch.float16, device="meta") for _ in range(2))
-    bias = torch.empty(n, device="meta") if bias else None
-    launch(softmax_kernel, (8,), x, out, 0.5, bias, n, BLOCK_N=triton.next_power_of_2(n))
+    launch(softmax_kernel, (8,), x, out, 0.5, None, n, num_warps=num_warps, BLOCK_N=triton.next_power_of_2(n))
 
 
 def call_broken():
     launch(broken_kernel, (1,), torch.empty(8, device="meta"), BLOCK_N=8)
 
 
-MATMUL = Case("matmul", partial(call_matmul, 128, 128, 8))
-SPILLING = Case("spilling", partial(call_matmul, 256, 256, 4))
-SOFTMAX = Case("softmax", partial(call_softmax, 1024))
+MATMUL = Case("matmul", partial(call_matmul, 128, 128, 8), {"matmul_kernel": ("tensor", "tma_load")})
+SMALL_MATMUL = Case("small-matmul", partial(call_matmul, 16, 64, 4), {"matmul_kernel": ("tensor",)})
+SOFTMAX = Case("softmax", partial(call_softmax, 1024), {"softmax_kernel": ("wide_load",)})
+ODD_SOFTMAX = Case("odd-softmax", partial(call_softmax, 1001), {"softmax_kernel": ("wide_load",)})
+SPILLING = Case("spilling", partial(call_softmax, 8192, num_warps=1))
 BROKEN = Case("broken", call_broken)
+ALL = [MATMUL, SMALL_MATMUL, SOFTMAX, ODD_SOFTMAX, SPILLING, BROKEN]
 
 
 def die():
-    """A compiler that aborts."""
-    import os
-
-    print("out of luck", flush=True)
+    """What a compiler does that aborts."""
+    print("assertion failed: out of luck", flush=True)
     os._exit(134)
+
+
+def sleep():
+    time.sleep(60)
+
+
+def divide_by_zero():
+    return 1 / 0
+
+
+def environment():
+    return {name: os.environ.get(name) for name in ("TRITON_INTERPRET", "TRITON_CACHE_DIR")}
