@@ -33,12 +33,15 @@ class Tile(NamedTuple):
     use_tma: bool = False  # tensor descriptors wherever strides allow
 
 
-def attention_tile(kernel, arch, head_dim, dtype_bytes, dropout=False):
-    """Tile of `kernel` ("forward", "dkdv", "dq", "decode") for a head dimension of 8 to 256 in 2- or 4-byte floats."""
+def attention_tile(kernel, arch, head_dim, dtype_bytes, dropout=False, descriptors=True):
+    """Tile of `kernel` ("forward", "dkdv", "dq", "decode") for a head dimension of 8 to 256 in 2- or 4-byte floats.
+    Without `descriptors`, for strides that no tensor map can take, every NVIDIA GPU uses the rows of sm_80: pointers
+    need registers that the others have spent."""
     if arch == "interpret":
-        return INTERPRET
+        return INTERPRET._replace(use_tma=descriptors)
     tables = ATTENTION[f"{kernel} with dropout" if dropout else kernel]
-    row = tables["fp32"] if dtype_bytes == 4 else tables[table_arch(arch, tables)]
+    key = "fp32" if dtype_bytes == 4 else table_arch(arch, tables)
+    row = tables["sm_80" if tables[key][0].use_tma and not descriptors else key]
     return row[HEAD_DIMS.index(16 if head_dim <= 16 else 1 << (head_dim - 1).bit_length())]
 
 

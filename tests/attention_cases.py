@@ -95,9 +95,9 @@ def intermediate_scales(call, ref, dout, dlse, q, k):
     """Magnitudes of what the kernels round on their way to dq, dk and dv, where that exceeds the result itself.
 
     delta = rowsum(out * dout) sees out rounded, dp is a sum as long, and dp - delta may cancel to nothing, as it must
-    where a query sees one key; dlse joins delta before that. And p = exp(s - lse) comes from an exponent rounded in fp32
-    at the magnitude of lse. Both show where eager's error is next to nothing: in fp32, and in 16 bits (the first alone)
-    where no query sees more than three keys. lse itself goes to base 2 and back, four roundings where eager has one or two.
+    where a query sees one key; dlse joins delta before that. And p = exp(s - lse) has an exponent rounded in fp32 at
+    the magnitude of lse. Both show where eager's error is next to nothing: in fp32, and in 16 bits (the first alone)
+    where no query sees more than three keys. lse itself goes to base 2 and back, four roundings where eager has two.
     """
     _, lse, dq, dk, dv = (x.abs().max().item() for x in ref)
     reach = min(call.Tk, call.window or call.Tk)
@@ -114,7 +114,10 @@ def intermediate_scales(call, ref, dout, dlse, q, k):
     }
 
 
-def use_tile(monkeypatch, block_q, block_k, use_tma=True):
-    """Every attention kernel takes this tile from now on."""
-    tile = _tuning.Tile(block_q, block_k, 4, 1, use_tma)
-    monkeypatch.setattr(_tuning, "attention_tile", lambda *_: tile)
+def use_tile(monkeypatch, block_q, block_k, use_tma=True, one_loop=False):
+    """Every attention kernel takes this tile from now on, by descriptor if it can and may."""
+
+    def tile(kernel, arch, head_dim, dtype_bytes, dropout=False, descriptors=True):
+        return _tuning.Tile(block_q, block_k, 4, 1, one_loop, use_tma and descriptors)
+
+    monkeypatch.setattr(_tuning, "attention_tile", tile)

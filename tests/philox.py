@@ -1,4 +1,4 @@
-"""Philox4x32-10 in NumPy, from the paper (Salmon et al., SC 2011), and the dropout mask that follows from it."""
+"""Philox4x32 in NumPy, from the paper (Salmon et al., SC 2011), and the dropout mask that follows from it."""
 
 import numpy as np
 import torch
@@ -8,11 +8,11 @@ WEYL0, WEYL1 = 0x9E3779B9, 0xBB67AE85
 LOW = np.uint64(0xFFFFFFFF)
 
 
-def philox4x32(counter, key):
-    """Ten rounds. counter: four uint64 arrays holding 32-bit words; key: two ints. Returns four such arrays."""
+def philox4x32(counter, key, rounds=7):
+    """counter: four uint64 arrays holding 32-bit words; key: two ints. Returns four such arrays."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(10):
+    for _ in range(rounds):
         product0, product1 = M0 * c0, M1 * c2
         c0, c1, c2, c3 = (
             (product1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0),

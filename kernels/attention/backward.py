@@ -20,12 +20,11 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import _dropout, _runtime, _tuning
+from kernels import _dropout, _runtime
 from kernels._dropout import keep_mask, keep_mask_transposed, load_rng
 from kernels._runtime import cast, dot
 from kernels.attention.tiles import (
     LOG2_E,
-    as_tiles,
     empty_heads,
     first_key,
     head_of,
@@ -33,6 +32,7 @@ from kernels.attention.tiles import (
     key_ranges,
     load_tile,
     padded_head_dim,
+    plan,
     query_ranges,
     schedule,
     store_tile,
@@ -248,19 +248,16 @@ def attention_backward(
     """Launch the backward: dq, dk, dv in the inputs' shapes, stored as (B, T, H, D). dlse (B, H, Tq) or None."""
     B, H, Tq, D = q.shape
     Hkv, Tk = k.shape[1], k.shape[2]
-    arch, block_d = _runtime.arch(q.device), padded_head_dim(D)
     threshold, rescale = _dropout.threshold_and_rescale(dropout_p)
     flags = {
-        "HEAD_DIM": D, "BLOCK_D": block_d, "HAS_WINDOW": window > 0, "HAS_DOCS": doc_start is not None,
+        "HEAD_DIM": D, "BLOCK_D": padded_head_dim(D), "HAS_WINDOW": window > 0, "HAS_DOCS": doc_start is not None,
         "HAS_DROPOUT": dropout_p > 0.0, "DTYPE": _runtime.TL_DTYPES[q.dtype],
         "INPUT_PRECISION": _runtime.fp32_precision(q.dtype),
     }  # fmt: skip
     delta = compute_delta(out, dout, dlse)
 
-    tile = _tuning.attention_tile("dkdv", arch, D, q.element_size(), dropout_p > 0.0)
     dk, dv = empty_heads(B, Hkv, Tk, D, like=k), empty_heads(B, Hkv, Tk, D, like=v)
-    blocks = (tile.block_q, tile.block_k, tile.block_k, tile.block_q, tile.block_k, tile.block_k)
-    sources, use_tma = as_tiles((q, k, v, dout, dk, dv), blocks, block_d, tile.use_tma)
+    tile, sources = plan("dkdv", (q, k, v, dout, dk, dv), "qkkqkk", dropout_p > 0.0)
     num_blocks = triton.cdiv(Tk, tile.block_k)
     _runtime.launch(
         dkdv_kernel, (num_blocks * B * Hkv,),
@@ -268,14 +265,12 @@ def attention_backward(
         *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
         H, Hkv, Tq, Tk, B * Hkv, num_blocks, heads_per_section(q, 1, H // Hkv), window,
         scale, scale * LOG2_E, threshold, rescale,
-        BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, USE_TMA=use_tma, ONE_LOOP=tile.one_loop, GROUP=H // Hkv, **flags,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, USE_TMA=tile.use_tma, ONE_LOOP=tile.one_loop,
+        GROUP=H // Hkv, **flags, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
-    tile = _tuning.attention_tile("dq", arch, D, q.element_size(), dropout_p > 0.0)
     dq = empty_heads(B, H, Tq, D, like=q)
-    blocks = (tile.block_q, tile.block_k, tile.block_k, tile.block_q, tile.block_q)
-    sources, use_tma = as_tiles((q, k, v, dout, dq), blocks, block_d, tile.use_tma)
+    tile, sources = plan("dq", (q, k, v, dout, dq), "qkkqq", dropout_p > 0.0)
     num_blocks = triton.cdiv(Tq, tile.block_q)
     _runtime.launch(
         dq_kernel, (num_blocks * B * H,),
@@ -283,7 +278,7 @@ def attention_backward(
         *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dq),
         H, H // Hkv, Tq, Tk, B * H, num_blocks, heads_per_section(k, H // Hkv), window,
         scale, scale * LOG2_E, threshold, rescale,
-        BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, USE_TMA=use_tma, ONE_LOOP=tile.one_loop, **flags,
+        BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, USE_TMA=tile.use_tma, ONE_LOOP=tile.one_loop, **flags,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return dq, dk, dv

@@ -14,17 +14,17 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import _runtime, _tuning
+from kernels import _runtime
 from kernels._runtime import cast, dot
 from kernels.attention.forward import LN_2, online_softmax_update
 from kernels.attention.tiles import (
     LOG2_E,
-    as_tiles,
     empty_heads,
     first_key,
     head_of,
     load_tile,
     padded_head_dim,
+    plan,
     strides,
     visible,
 )
@@ -119,19 +119,18 @@ def attention_decode(q, k, v, scale, window=0, num_spans=None):
     """Launch the split forward: out (B, H, Tq, D) stored as (B, Tq, H, D), and lse (B, H, Tq) fp32."""
     B, H, Tq, D = q.shape
     Hkv, Tk = k.shape[1], k.shape[2]
-    tile = _tuning.attention_tile("decode", _runtime.arch(q.device), D, q.element_size())
+    tile, sources = plan("decode", (k, v), "kk")
     block_d = padded_head_dim(D)
     rows = max(16, triton.next_power_of_2(H // Hkv * Tq))
     span = triton.cdiv(triton.cdiv(Tk, num_spans or num_spans_for(q, k)), tile.block_k) * tile.block_k
     num_spans = triton.cdiv(Tk, span)
     partial_out = torch.empty((B, H, num_spans, Tq, D), dtype=torch.float32, device=q.device)
     partial_lse = torch.empty((B, H, num_spans, Tq), dtype=torch.float32, device=q.device)
-    sources, use_tma = as_tiles((k, v), (tile.block_k, tile.block_k), block_d, tile.use_tma)
     _runtime.launch(
         decode_kernel, (B * Hkv * num_spans,),
         q, *sources, partial_out, partial_lse, *strides(q), *strides(k), *strides(v),
         H, Hkv, Tq, Tk, span, num_spans, window, scale * LOG2_E,
-        HEAD_DIM=D, ROWS=rows, BLOCK_K=tile.block_k, BLOCK_D=block_d, USE_TMA=use_tma,
+        HEAD_DIM=D, ROWS=rows, BLOCK_K=tile.block_k, BLOCK_D=block_d, USE_TMA=tile.use_tma,
         HAS_WINDOW=window > 0, INPUT_PRECISION=_runtime.fp32_precision(q.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -18,12 +18,11 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import _dropout, _runtime, _tuning
+from kernels import _dropout, _runtime
 from kernels._dropout import keep_mask, load_rng
 from kernels._runtime import cast, dot
 from kernels.attention.tiles import (
     LOG2_E,
-    as_tiles,
     empty_heads,
     first_key,
     head_of,
@@ -31,6 +30,7 @@ from kernels.attention.tiles import (
     key_ranges,
     load_tile,
     padded_head_dim,
+    plan,
     schedule,
     store_tile,
     strides,
@@ -125,12 +125,9 @@ def attention_forward(q, k, v, scale, dropout_p=0.0, rng=None, window=0, doc_sta
     """Launch the forward: out (B, H, Tq, D) stored as (B, Tq, H, D), and lse (B, H, Tq) fp32."""
     B, H, Tq, D = q.shape
     Hkv, Tk = k.shape[1], k.shape[2]
-    tile = _tuning.attention_tile("forward", _runtime.arch(q.device), D, q.element_size(), dropout_p > 0.0)
-    block_d = padded_head_dim(D)
     out = empty_heads(B, H, Tq, D, like=q)
     lse = q.new_empty((B, H, Tq), dtype=torch.float32)
-    blocks = (tile.block_q, tile.block_k, tile.block_k, tile.block_q)
-    sources, use_tma = as_tiles((q, k, v, out), blocks, block_d, tile.use_tma)
+    tile, sources = plan("forward", (q, k, v, out), "qkkq", dropout_p > 0.0)
     num_blocks = triton.cdiv(Tq, tile.block_q)
     threshold, rescale = _dropout.threshold_and_rescale(dropout_p)
     _runtime.launch(
@@ -138,8 +135,8 @@ def attention_forward(q, k, v, scale, dropout_p=0.0, rng=None, window=0, doc_sta
         *sources, lse, doc_start, rng, *strides(q), *strides(k), *strides(v), *strides(out),
         H, H // Hkv, Tq, Tk, B * H, num_blocks, heads_per_section(k, H // Hkv), window,
         scale * LOG2_E, threshold, rescale,
-        HEAD_DIM=D, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, BLOCK_D=block_d,
-        USE_TMA=use_tma, ONE_LOOP=tile.one_loop,
+        HEAD_DIM=D, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, BLOCK_D=padded_head_dim(D),
+        USE_TMA=tile.use_tma, ONE_LOOP=tile.one_loop,
         HAS_WINDOW=window > 0, HAS_DOCS=doc_start is not None, HAS_DROPOUT=dropout_p > 0.0,
         DTYPE=_runtime.TL_DTYPES[q.dtype], INPUT_PRECISION=_runtime.fp32_precision(q.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages,

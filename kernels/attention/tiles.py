@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels import _runtime, _tuning
 from kernels._runtime import cast
 
 L2_BYTES_FOR_KV = 24 * 2**20  # about half of an A100's or H100's L2
@@ -204,16 +205,23 @@ def tma_strides(x):
     return [*strides, 1]
 
 
-def as_tiles(tensors, blocks, block_d, use_tma):
-    """Kernel arguments for (B, H, T, D) tensors read in tiles of `blocks` rows: tensor descriptors for all of them, or
-    the tensors themselves. Returns (arguments, whether they are descriptors)."""
-    strides = [tma_strides(x) for x in tensors] if use_tma else [None]
-    if any(s is None for s in strides):
-        return list(tensors), False
-    return [
-        TensorDescriptor(x, list(x.shape), s, [1, 1, block, block_d])
-        for x, s, block in zip(tensors, strides, blocks, strict=True)
-    ], True
+def plan(kernel, tensors, blocks, dropout=False):
+    """(tile, kernel arguments) for (B, H, T, D) tensors that `kernel` reads in tiles of rows. `blocks` names each one's
+    block: "qkk" for one walked in blocks of queries and two in blocks of keys. The arguments are tensor descriptors
+    where the tile asks for them and every tensor allows it, else the tensors."""
+    head_dim, first = tensors[0].shape[-1], tensors[0]
+    maps = [tma_strides(x) for x in tensors]
+    possible = all(m is not None for m in maps)
+    tile = _tuning.attention_tile(
+        kernel, _runtime.arch(first.device), head_dim, first.element_size(), dropout, possible
+    )  # fmt: skip
+    if not tile.use_tma:
+        return tile, list(tensors)
+    block_d = padded_head_dim(head_dim)
+    return tile, [
+        TensorDescriptor(x, list(x.shape), m, [1, 1, tile.block_q if block == "q" else tile.block_k, block_d])
+        for x, m, block in zip(tensors, maps, blocks, strict=True)
+    ]
 
 
 def strides(x):
