@@ -147,6 +147,26 @@ def test_a_signal_finishes_the_step_and_saves(text, monkeypatch, number):
     assert same_checkpoint("whole", "parts")
 
 
+def test_a_crash_loses_only_what_came_after_the_last_checkpoint(text, monkeypatch):
+    succeed("--steps", 6, "--out", "whole", data=text)
+    next_batch, calls = Batches.next_batch, []
+
+    def crashing(self):
+        calls.append(1)
+        if len(calls) == 6:
+            raise MemoryError
+        return next_batch(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "next_batch", crashing)
+        with pytest.raises(MemoryError):
+            trainer.run("--steps", 6, "--save-every", 2, "--log-every", 1, "--out", "parts", data=text)
+    assert json.loads(Path("parts/checkpoint/state.json").read_text())["step"] == 4
+    assert trainer.run("--resume", "--out", "parts")[0] == 0
+    assert same_checkpoint("whole", "parts")
+    assert [r["step"] for r in read_metrics("parts/metrics.csv")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_what_a_run_leaves_behind(text):
     out = succeed("--steps", 6, "--log-every", 2, "--eval-every", 3, "--sample-every", 3, "--profile", data=text)
     run = Path("runs/tiny-sdpa")
