@@ -272,7 +272,7 @@ def _pieces(text: str) -> Iterator[tuple[str, bool]]:
 
 def _build(folder: Path, train: list[str], val: list[str], tokenizer: Tokenizer, progress: bool) -> None:
     """Tokenizes and writes `folder`, whole or not at all."""
-    meta = {"format": _FORMAT, "tokenizer_hash": tokenizer.hash}
+    meta, off = {"format": _FORMAT, "tokenizer_hash": tokenizer.hash}, not progress
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
@@ -280,7 +280,9 @@ def _build(folder: Path, train: list[str], val: list[str], tokenizer: Tokenizer,
             fresh.mkdir()
             for name, texts in (("train", train), ("val", val)):
                 size = sum(len(text.encode()) for text in texts)
-                with tqdm(total=size, desc=f"tokenize {name}", unit="B", unit_scale=True, disable=not progress) as bar:
+                with tqdm(
+                    total=size, desc=f"tokenize {name}", unit="B", unit_scale=True, disable=off, leave=False
+                ) as bar:
                     tokens = _tokenize(tokenizer, texts, bar)
                 np.save(fresh / f"{name}.npy", tokens)
                 meta |= {f"{name}_tokens": len(tokens), f"{name}_bytes": size, f"{name}_documents": len(texts)}

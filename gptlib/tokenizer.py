@@ -12,6 +12,7 @@ import json
 import os
 import re
 import socket
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +24,23 @@ from gptlib.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 
-# How text is cut into the pieces inside which BPE merges: words with the space before them, numbers, punctuation, and
-# runs of white space, so that a newline and the indentation after it become one token. Its differences from GPT-2's:
+# How text is cut into the pieces inside which BPE merges: words, numbers and punctuation with the space before them,
+# and runs of white space but for that last space, so that " self" is one token in a line and after an indentation. That
+# is GPT-2's way, with two differences:
 # * ranges, not \p{L} and \s: `tokenizers` and tiktoken carry other Unicode tables and would disagree on young scripts;
-# * no look-ahead: tiktoken backtracks for it and overflows on a million spaces;
-# * at most 256 characters: learning from a piece takes time quadratic in its length, and minified files have long ones.
+# * at most 256 characters: learning from a piece takes time quadratic in its length, and minified files have long ones;
+#   and tiktoken, which backtracks for the look-ahead, would overflow its stack on a million spaces.
 _WORD = r"A-Za-z\x{C0}-\x{1FFF}\x{2C00}-\x{2FFF}\x{3040}-\x{10FFFF}"
 _SPACE = r" \t\n\r\f\v"
-CORPUS_PATTERN = rf" ?[{_WORD}]{{1,256}}| ?[0-9]{{1,256}}| ?[^{_WORD}0-9{_SPACE}]{{1,256}}|[{_SPACE}]{{1,256}}"
+CORPUS_PATTERN = "|".join(
+    [
+        rf" ?[{_WORD}]{{1,256}}",
+        r" ?[0-9]{1,256}",
+        rf" ?[^{_WORD}0-9{_SPACE}]{{1,256}}",
+        rf"[{_SPACE}]{{1,256}}(?![^{_SPACE}])",
+        rf"[{_SPACE}]",
+    ]
+)
 BYTES_PATTERN = r"\n|[^\n]+"  # nothing merges, so the pieces only bound the work done at a time
 NAMES = ("corpus", "gpt2", "bytes")
 
@@ -73,9 +83,9 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; what is spelled like a special token is encoded as the plain text that it is."""
-        if "(?!" not in self._pattern:
+        if self.name != "gpt2":
             return self._encoding.encode_ordinary(text)
-        pieces = _LONGEST_RUN.split(text)  # a look-ahead over a longer run of white space overflows tiktoken's stack
+        pieces = _LONGEST_RUN.split(text)  # tiktoken overflows its stack in longer runs of white space
         return [token for piece in pieces for token in self._encoding.encode_ordinary(piece)]
 
     def encode_batch(self, texts: list[str], threads: int | None = None) -> list[list[int]]:
@@ -164,7 +174,10 @@ def train_with_tokenizers(texts: Iterable[str], vocab_size: int, progress: bool 
     bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=progress
+            vocab_size=vocab_size - 1,
+            min_frequency=2,
+            initial_alphabet=alphabet,
+            show_progress=progress and sys.stderr.isatty(),  # it writes empty lines to anything else
         ),
     )
     return bpe

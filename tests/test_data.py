@@ -32,8 +32,10 @@ def test_an_epoch_visits_each_window_at_most_once_and_drops_less_than_a_batch(st
     assert batches.windows == len(every) and batches.epoch == 0
     assert len(set(starts)) == len(starts) and set(starts) <= every
     assert len(every) - len(starts) < 4
+    second = torch.cat([batches.next_batch()[0][:, 0] for _ in range(batches.batches_per_epoch)]).tolist()
+    assert batches.epoch == 1 and len(set(second)) == len(second)
     batches.next_batch()
-    assert batches.epoch == 1
+    assert batches.epoch == 2
 
 
 def test_the_last_token_is_a_target_and_never_an_input_beyond_the_end():

@@ -1,5 +1,6 @@
 """From documents to shards: what is read, what is refused, what is held out, and that the cache is never trusted."""
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -47,6 +48,7 @@ def test_every_document_is_on_one_side_whole(make, folder):
     corpus = make(folder)
     train, val = documents(corpus, "train"), documents(corpus, "val")
     assert sorted(train + val) == sorted(words(i) for i in range(40))
+    assert val == sorted(train + val, key=lambda text: hashlib.sha256(text.encode()).hexdigest())[:2]
     assert len(val) == corpus.val_documents == 2 and len(train) == corpus.train_documents == 38
     assert corpus.train_bytes == sum(len(text.encode()) for text in train)
     assert corpus.val_bytes == sum(len(text.encode()) for text in val)
@@ -113,7 +115,7 @@ def test_json_lines_are_documents(make, tmp_path):
     path = tmp_path / "stories.jsonl"
     texts = [words(i) for i in range(30)] + ["line\u2028separator\x0bkept \0 too", "", words(0)]
     path.write_text(
-        "\n\n".join(json.dumps({"text": text, "id": 1}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts))
+        "\n\n".join(json.dumps({"text": text, "id": 1}, ensure_ascii=i % 2 == 1) for i, text in enumerate(texts))
     )
     corpus = make(path)
     assert sorted(documents(corpus, "train") + documents(corpus, "val")) == sorted({*texts} - {""})

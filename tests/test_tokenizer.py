@@ -201,7 +201,7 @@ def test_saving_and_loading(tmp_path, corpus):
         {"tokens": [chr(b) for b in range(256)] + [7]},
         {"tokens": [chr(b) for b in range(256)] + ["日"]},
         {"tokens": [chr(b) for b in range(256)] + ["ab", "ab"]},
-        {"tokens": [chr(b) for b in range(256)]},
+        {"tokens": [chr(b) for b in range(255)] + ["ab"]},
         {"special_tokens": {}},
         {"special_tokens": {END_OF_TEXT: 3}},
         {"special_tokens": {END_OF_TEXT: 699, "x": 700}},
@@ -213,8 +213,13 @@ def test_saving_and_loading(tmp_path, corpus):
 def test_a_damaged_file_is_refused(tmp_path, corpus, change):
     path = tmp_path / "tokenizer.json"
     corpus.save(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(UserError, match="tokenizer"):
+    changed = json.loads(path.read_text()) | change
+    if "tokens" in change and isinstance(change["tokens"], list):  # made to fit, so that only the tokens are wrong
+        tokens = [str(text).encode("latin-1", "replace") for text in change["tokens"]]
+        end = {END_OF_TEXT: len(tokens)}
+        changed |= {"hash": module._definition_hash(changed["pattern"], tokens), "special_tokens": end}
+    path.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="is not a tokenizer" if "hash" not in change else "is damaged"):
         Tokenizer.load(path)
 
 
