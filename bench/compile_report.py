@@ -25,17 +25,16 @@ from bench import command, compile_cases, compiled, environment, sass, table
 from gptlib.errors import UserError
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-CYCLES = ("tensor", "mufu", "fp32", "alu", "shared", "memory", "issue")
 COLUMNS = [
     *("arch", "case", "kernel", "types", "config", "num_warps", "num_stages", "registers", "spill_bytes", "shared"),
-    *("programs_per_sm", *compiled.INSTRUCTIONS, *(f"cycles_{part}" for part in CYCLES)),
+    *("programs_per_sm", *compiled.INSTRUCTIONS, *(f"cycles_{part}" for part in sass.PARTS)),
     *("bound", "peak", "peak_share", "serial_share", "loop", "missing", "status"),
 ]
 # Headings on the screen and the columns under them.
 SHOWN = dict.fromkeys(("arch", "case", "kernel", "tile"))
 SHOWN |= {"warps": "num_warps", "stages": "num_stages", "regs": "registers", "spill": "spill_bytes", "smem B": "shared"}
 SHOWN |= {"progs": "programs_per_sm", "matmul": None, "TMA": "tma", "MUFU op": "MUFU"}
-SHOWN |= {part: f"cycles_{part}" for part in CYCLES}
+SHOWN |= {part: f"cycles_{part}" for part in sass.PARTS}
 SHOWN |= {"bound": None, "share": "peak_share", "serial": "serial_share", "status": None}
 TILE_SIZES = ("ROWS", "BLOCK_P", "BLOCK_Q", "BLOCK_K", "BLOCK_M", "BLOCK_N")
 

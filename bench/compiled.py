@@ -194,14 +194,14 @@ def _facts(job, compiled):
     if job.arch.startswith("gfx"):
         facts |= amd_facts(compiled.asm["amdgcn"])
     else:
-        facts |= nvidia_facts(compiled.asm["cubin"], job.arch, warps)
+        facts |= nvidia_facts(compiled.asm["cubin"], compiled.asm["ptx"], job.arch, warps)
     facts["programs_per_sm"] = programs_per_sm(
         job.arch, facts["registers"], warps, facts["shared"], getattr(compiled.metadata, "tmem_size", 0)
     )
     return facts
 
 
-def nvidia_facts(cubin, arch, num_warps):
+def nvidia_facts(cubin, ptx, arch, num_warps):
     """Registers, stack and instruction counts of a cubin; for sm_80 and sm_90 the bound of its hottest loop too."""
     from triton import knobs
 
@@ -211,7 +211,7 @@ def nvidia_facts(cubin, arch, num_warps):
         usage = _tool(knobs.nvidia.cuobjdump.path, "-res-usage", path)
         listing = _tool(knobs.nvidia.nvdisasm.path, "-c", path)
     registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    blocks = sass.parse(listing)
+    blocks = sass.parse(listing, sass.expected_bytes(ptx))
     counts = sass.count_instructions(blocks)
     counts["LDG.128"] = sass.wide_loads(blocks)
     facts = {

@@ -23,18 +23,21 @@ Operations per cycle and multiprocessor, and where they are from:
     compare, integer, logic, convert     64      64   the same table
     MUFU (exp2, rcp, rsqrt), popc        16      16   the same table
     shared memory bytes, shuffles       128     128   32 banks of 4 bytes; a shuffle takes their path for a cycle
+    bytes read through L2              47.4    38.8   A100 whitepaper: 5120 a cycle for 108; assumed the same for 132
     device memory bytes                13.4    13.9   data sheets: 2039e9 / (108 * 1.41e9), 3350e9 / (132 * 1.83e9)
 
 What counts as one iteration: the blocks of a natural loop that dominate all its back edges and belong to no inner loop.
 Code behind an `if`, and the out-of-line retries of barrier waits, is left out, which keeps the bound a bound. The
 hottest loop has the most tensor-core work; among equals (a masked and an unmasked copy) the one with fewer
 instructions, which runs more often. With no tensor-core work it is the loop that moves the most bytes; with no loop at
-all the kernel itself is the one iteration. HGMMA operands taken from shared memory count as shared-memory bytes; bytes
-that TMA moves do not show in the code and are not counted.
+all the kernel itself is the one iteration. What a matmul loop loads is asked of L2, where other programs' loads have
+put it; what other kernels load and store, of the device memory. HGMMA operands taken from shared memory count as its
+bytes. The machine code does not say how many bytes a TMA load brings, but the PTX it was assembled from does, at the
+barrier that waits for it.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Rates:
     fp32: int
     half2: int
     bf16x2: int
+    l2: float  # bytes
     memory: float  # bytes
     issue: int = 4
     imad: int = 64
@@ -54,9 +58,10 @@ class Rates:
     shared: int = 128  # bytes
 
 
+PARTS = ("tensor", "mufu", "fp32", "alu", "shared", "l2", "memory", "issue")
 RATES = {
-    "sm_80": Rates(tensor=2048, mma_sync=1.0, fp32=64, half2=128, bf16x2=64, memory=13.4),
-    "sm_90": Rates(tensor=4096, mma_sync=0.62, fp32=128, half2=128, bf16x2=128, memory=13.9),
+    "sm_80": Rates(tensor=2048, mma_sync=1.0, fp32=64, half2=128, bf16x2=64, l2=47.4, memory=13.4),
+    "sm_90": Rates(tensor=4096, mma_sync=0.62, fp32=128, half2=128, bf16x2=128, l2=38.8, memory=13.9),
 }
 
 FP32_OPS = {"FFMA", "FADD", "FMUL", "FFMA32I", "FADD32I", "FMUL32I"}
@@ -78,6 +83,7 @@ class Instruction:
     guard: str  # predicate with its sign, "" if none
     opcode: str
     operands: str
+    tma_bytes: int = 0  # of the bulk loads that a barrier instruction announces
 
     @property
     def op(self):
@@ -100,11 +106,18 @@ class Loop:
 
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 LABEL = re.compile(r"^(\.L_\w+):")
+EXPECTS = re.compile(r"\], (?:R\d+|UR\d+)$")  # an arrival that announces bytes names a register of them
 TARGET = re.compile(r"`\((\.L_\w+)\)")
 
 
-def parse(listing):
-    """Basic blocks, the entry first, of the first function in a listing of `nvdisasm -c`."""
+def expected_bytes(ptx):
+    """Bytes of the TMA loads that each barrier waits for, in the order of the PTX."""
+    return [int(size) for size in re.findall(r"mbarrier\.arrive\.expect_tx\.[^;]*, (\d+);", ptx)]
+
+
+def parse(listing, tma_bytes=()):
+    """Basic blocks, the entry first, of the first function in a listing of `nvdisasm -c`. `tma_bytes`: what
+    `expected_bytes` found in its PTX; its order survives the assembler."""
     instructions, labels, pending = [], {}, []
     for line in listing.splitlines():
         if line.startswith(".text.") and instructions:
@@ -115,7 +128,19 @@ def parse(listing):
             labels.update(dict.fromkeys(pending, len(instructions)))
             pending = []
             instructions.append(Instruction(int(match[1], 16), match[2] or "", match[3], match[4]))
-    return _blocks(instructions, labels)
+    return _blocks(_with_tma_bytes(instructions, tma_bytes), labels)
+
+
+def _with_tma_bytes(instructions, sizes):
+    """Instructions with each announced size at its barrier; the commonest at all if some were copied or dropped."""
+    barriers = [
+        i for i, x in enumerate(instructions) if x.opcode == "SYNCS.ARRIVE.TRANS64" and EXPECTS.search(x.operands)
+    ]
+    if sizes and len(sizes) != len(barriers):
+        sizes = [max(sizes, key=sizes.count)] * len(barriers)
+    for i, size in zip(barriers, sizes, strict=bool(sizes)):
+        instructions[i] = replace(instructions[i], tma_bytes=size)
+    return instructions
 
 
 def _blocks(instructions, labels):
@@ -267,11 +292,12 @@ def wide_loads(blocks):
 def cycles(instructions, arch, num_warps):
     """{part of the multiprocessor: cycles that one pass of `num_warps` warps over `instructions` keeps it busy}."""
     rates = RATES[arch]
-    demand = dict.fromkeys(("tensor", "mufu", "fp32", "alu", "shared", "memory", "issue"), 0.0)
+    demand = dict.fromkeys(PARTS, 0.0)
     imad = 0.0
     for instruction in instructions:
         op = instruction.op
         demand["issue"] += 1 / rates.issue
+        demand["l2"] += instruction.tma_bytes / rates.l2 / num_warps  # once per program
         if op in ("HMMA", "HGMMA"):
             demand["tensor"] += _mma_flops(instruction) / _mma_rate(instruction, rates)
             demand["shared"] += _mma_shared_bytes(instruction) / rates.shared
@@ -290,6 +316,7 @@ def cycles(instructions, arch, num_warps):
             size = 32 * access_bytes(instruction)
             demand["shared"] += size / rates.shared if op in SHARED_OPS else 0
             demand["memory"] += size / rates.memory if op in GLOBAL_OPS else 0
+            demand["l2"] += size / rates.l2 if op in GLOBAL_OPS else 0
         elif not ISSUE_ONLY.match(op):
             demand["alu"] += 32 / rates.alu
     demand["fp32"] = max(demand["fp32"], imad)
@@ -353,7 +380,8 @@ def bound(blocks, arch, num_warps):
     loop = hottest_loop(blocks, arch)
     demand = cycles(loop.instructions, arch, num_warps)
     peak = "tensor" if demand["tensor"] else "memory"
-    parts = {part: value for part, value in demand.items() if part != "memory" or peak == "memory"}
+    unused = "memory" if peak == "tensor" else "l2"
+    parts = {part: value for part, value in demand.items() if part != unused}
     limit = max(parts, key=parts.get)
     rest = max((value for part, value in parts.items() if part != peak), default=0.0)
     largest = parts[limit]

@@ -21,7 +21,7 @@ HOPPER_LOOP = """
         /*0080*/                   FMNMX R5, R5, R6, !PT ;
         /*0090*/                   MUFU.EX2 R5, R28 ;
         /*00a0*/                   IMAD R5, R5, R6, R7 ;
-        /*00b0*/                   UIADD3 UR4, UR4, 0x1, URZ ;
+        /*00b0*/               @P3 SYNCS.ARRIVE.TRANS64 RZ, [UR41+0x10000], R5 ;
         /*00c0*/               @P1 BRA `(.L_x_4) ;
         /*00d0*/                   FADD R5, R5, R6 ;
 .L_x_4:
@@ -62,18 +62,20 @@ def test_the_loop_leaves_out_retries_and_conditional_code():
     opcodes = one_iteration(HOPPER_LOOP)
     assert len(opcodes) == 2 + 9 + 1
     assert "FADD" not in opcodes, "it stands behind a branch"
-    assert sum(op.startswith("SYNCS") for op in opcodes) == 1, "the wait once, its retry never"
+    assert sum("TRYWAIT" in op for op in opcodes) == 1, "the wait once, its retry never"
 
 
 def test_cycles_of_a_hopper_iteration_counted_by_hand():
     """8 warps, two groups of four. Tensor: 2 * (2*64*128*16 + 2*64*64*16) FLOP / 4096. Shared memory: both operands of
     the first HGMMA, (64 + 128) rows * 32 bytes, and B of the second, 64 * 32, for two groups, / 128. MUFU 8 * 32 / 16.
-    fp32: FFMA and IMAD on 128 lanes, 4, but IMAD alone on its 64: 4. ALU: FMNMX on 64. Issue: 12 * 8 / 4."""
-    demand = sass.cycles(sass.hottest_loop(sass.parse(HOPPER_LOOP), "sm_90").instructions, "sm_90", num_warps=8)
+    fp32: FFMA and IMAD on 128 lanes, 4, but IMAD alone on its 64: 4. ALU: FMNMX on 64. Issue: 12 * 8 / 4. L2: what the
+    one barrier announces, whatever the number of warps."""
+    blocks = sass.parse(HOPPER_LOOP, [388])
+    demand = sass.cycles(sass.hottest_loop(blocks, "sm_90").instructions, "sm_90", num_warps=8)
     assert demand == pytest.approx(
-        {"tensor": 192, "mufu": 16, "fp32": 4, "alu": 4, "shared": 128, "memory": 0, "issue": 24}
+        {"tensor": 192, "mufu": 16, "fp32": 4, "alu": 4, "shared": 128, "l2": 10, "memory": 0, "issue": 24}
     )
-    limit = sass.bound(sass.parse(HOPPER_LOOP), "sm_90", num_warps=8)
+    limit = sass.bound(blocks, "sm_90", num_warps=8)
     assert (limit.limit, limit.peak, limit.share, limit.is_loop) == ("tensor", "tensor", 1.0, True)
     assert limit.serial_share == pytest.approx(192 / (192 + 128))
 
@@ -96,14 +98,25 @@ AMPERE_LOOP = """
 
 def test_cycles_of_an_ampere_iteration_counted_by_hand():
     """4 warps. Tensor: 4 * (4096 / 2048 + 2048 / 1024). Shared: LDGSTS and LDSM 512 bytes each, a shuffle one cycle:
-    4 * (4 + 4 + 1). fp32: FADD 32/64, packed bf16 32/64. Memory: 4 * 512 bytes / 13.4, no part of a matmul's bound."""
+    4 * (4 + 4 + 1). fp32: FADD 32/64, packed bf16 32/64. 4 * 512 bytes come through L2 (or, were there no matmul, from
+    memory)."""
     blocks = sass.parse(AMPERE_LOOP)
     demand = sass.cycles(sass.hottest_loop(blocks, "sm_80").instructions, "sm_80", num_warps=4)
     assert demand == pytest.approx(
-        {"tensor": 16, "mufu": 8, "fp32": 4, "alu": 0, "shared": 36, "memory": 2048 / 13.4, "issue": 9}
+        {
+            "tensor": 16,
+            "mufu": 8,
+            "fp32": 4,
+            "alu": 0,
+            "shared": 36,
+            "l2": 2048 / 47.4,
+            "memory": 2048 / 13.4,
+            "issue": 9,
+        }
     )
     limit = sass.bound(blocks, "sm_80", num_warps=4)
-    assert (limit.limit, limit.peak) == ("shared", "tensor") and limit.share == pytest.approx(16 / 36)
+    assert (limit.limit, limit.peak) == ("l2", "tensor") and limit.share == pytest.approx(16 * 47.4 / 2048)
+    assert "memory" not in limit.cycles
 
 
 def test_mma_sync_on_hopper_is_slower_than_wgmma():
@@ -182,3 +195,18 @@ def test_reconvergence_goes_where_bssy_said():
 )  # fmt: skip
 def test_access_bytes(opcode, size):
     assert sass.access_bytes(sass.Instruction(0, "", opcode, "")) == size
+
+
+def test_bytes_of_tma_loads_come_from_the_ptx():
+    ptx = """
+	@%p2 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r62], 16384;
+	@%p9 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r65], 8192;
+	@%p9 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r65], 8192;
+"""
+    assert sass.expected_bytes(ptx) == [16384, 8192, 8192]
+    arrive = "/*0000*/ SYNCS.ARRIVE.TRANS64 RZ, [UR8], R5 ;\n"
+    silent = "/*0000*/ SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR8], RZ ;\n"
+    sizes = [i.tma_bytes for i in sass.parse(arrive + silent + arrive * 2, [16384, 8192, 8192])[0].instructions]
+    assert sizes == [16384, 0, 8192, 8192]
+    sizes = [i.tma_bytes for i in sass.parse(arrive * 4, [16384, 8192, 8192])[0].instructions]
+    assert sizes == [8192] * 4, "one was copied: the commonest size stands for all"
