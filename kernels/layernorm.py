@@ -333,6 +333,7 @@ def norm_forward(x, residual, weight, bias, eps, rms, dtype):
     stats = torch.empty((1 if rms else 3, n_rows), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return y, h, stats
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     inputs = [None if t is None else as_rows(t) for t in (x, residual)]
     strides = [0 if t is None else t.stride(0) for t in inputs]
     tile = _tuning.row_tile(arch(x.device), "norm_forward", n_cols)
@@ -361,6 +362,7 @@ def norm_backward(dy, dh_out, h, stats, weight, rms, dweight_dtype, dbias_dtype)
     ]
     if h.numel() == 0:
         return dh, *(t.zero_() for t in sums)
+    weight = None if weight is None else weight.contiguous()
     grads = [None if t is None else as_rows(t) for t in (dy, dh_out, h)]
     strides = [0 if t is None else t.stride(0) for t in grads]
     align = alignment(*(t for t in grads if t is not None))
