@@ -47,11 +47,14 @@ def named(name):
 
 
 def attention_cases():
+    """Every head dimension with every feature in bf16; fp16 and fp32 plain and with dropout. The core: all features at
+    64 and 128, the other head dimensions and types plain."""
     found = []
 
     def add(dtype, head_dim, feature, expects, **arguments):
         call = partial(attention, DTYPES[dtype], head_dim, **FEATURES.get(feature, {}), **arguments)
-        found.append(Case(f"attention-{dtype}-d{head_dim}-{feature}", call, expects))
+        core = (feature == "plain" and dtype != "fp16") or (dtype == "bf16" and head_dim in (64, 128))
+        found.append(Case(f"attention-{dtype}-d{head_dim}-{feature}", call, expects, core))
 
     for head_dim in sorted(HEAD_DIMS, key=lambda d: d not in (64, 128)):
         for feature in FEATURES:
@@ -97,7 +100,7 @@ def decode_cases():
         for head_dim in HEAD_DIMS:
             expects = {} if dtype == "fp32" else {"decode_kernel": ("mma", "tma_load")}
             call = partial(decode, DTYPES[dtype], head_dim)
-            found.append(Case(f"decode-{dtype}-d{head_dim}-plain", call, expects))
+            found.append(Case(f"decode-{dtype}-d{head_dim}-plain", call, expects, core=dtype != "fp16"))
     for feature, arguments in {"window": {"window": 256}, "gqa": {"kv_heads": 3}, "rows": {"queries": 5}}.items():
         expects = {"decode_kernel": ("tensor" if feature == "rows" else "mma", "tma_load")}
         found.append(Case(f"decode-bf16-d64-{feature}", partial(decode, "bfloat16", 64, **arguments), expects))
@@ -118,7 +121,7 @@ def decode(dtype, head_dim, queries=1, kv_heads=HEADS, window=0):
 
 def softmax_cases():
     return [
-        Case(f"{kind}-{dtype}-n{n}", partial(softmax, DTYPES[dtype], n, kind == "causal-softmax"), _wide("softmax", n))
+        _row_case(kind, dtype, n, partial(softmax, DTYPES[dtype], n, kind == "causal-softmax"), "softmax")
         for kind in ("softmax", "causal-softmax")
         for dtype in DTYPES
         for n in ROW_LENGTHS
@@ -136,7 +139,7 @@ def softmax(dtype, n, causal):
 
 def norm_cases():
     found = [
-        Case(f"{kind}-{dtype}-n{n}", partial(norm, DTYPES[dtype], n, kind), _wide("norm", n))
+        _row_case(kind, dtype, n, partial(norm, DTYPES[dtype], n, kind), "norm")
         for kind in ("layer-norm", "add-layer-norm", "rms-norm")
         for dtype in DTYPES
         for n in ROW_LENGTHS
@@ -158,6 +161,11 @@ def norm(dtype, n, kind, affine=True, parameters=None):
     y, h, stats = norm_forward(x, residual, weight, bias, 1e-5, rms, x.dtype)
     dtypes = (None if t is None else t.dtype for t in (weight, bias))
     norm_backward(y, residual, h if residual is not None else x, stats, weight, rms, *dtypes)
+
+
+def _row_case(kind, dtype, n, call, family):
+    core = dtype == "bf16" or (dtype == "fp32" and kind == "add-layer-norm")  # the widest tiles of most operands
+    return Case(f"{kind}-{dtype}-n{n}", call, _wide(family, n), core)
 
 
 def _wide(family, n):

@@ -8,7 +8,7 @@
 Parts run side by side, so an iteration takes at least the largest of them, and the tensor cores (or, in a kernel with
 no matmul, the memory) reach at most their own cycles / the largest. That is a bound, not a prediction: it knows neither
 latency nor dependences, so it is met only if enough warps are ready to fill every part's gaps. `serial_share` is the
-other end, what is left when one program's matmuls never overlap the rest of its work.
+other end: what is left when matmuls (or memory) and arithmetic take turns.
 
 Operations per cycle and multiprocessor, and where they are from:
 
@@ -371,7 +371,7 @@ class Bound:
     limit: str  # the part with the most cycles
     peak: str  # "tensor" or "memory": whose peak `share` speaks of
     share: float  # of that peak, all parts overlapped
-    serial_share: float  # of that peak, if the matmuls overlap nothing of the rest
+    serial_share: float  # of that peak, if matmuls or memory and arithmetic take turns
     is_loop: bool
 
 
@@ -383,7 +383,7 @@ def bound(blocks, arch, num_warps):
     unused = "memory" if peak == "tensor" else "l2"
     parts = {part: value for part, value in demand.items() if part != unused}
     limit = max(parts, key=parts.get)
-    rest = max((value for part, value in parts.items() if part != peak), default=0.0)
+    rest = max(demand[part] for part in ("mufu", "fp32", "alu", "issue"))
     largest = parts[limit]
     share = parts[peak] / largest if largest else 0.0
     serial = parts[peak] / (parts[peak] + rest) if largest else 0.0

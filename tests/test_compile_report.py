@@ -94,7 +94,8 @@ def test_bound_of_a_row_kernel_is_its_bytes(toy_rows):
 
 def test_faults_are_found(toy_rows):
     (spills,) = faults(toy_rows["spilling", "sm_90"])
-    assert spills.startswith("spills") and faults(toy_rows["spilling", "sm_90"], ceiling=10**6) == []
+    assert spills.startswith("spills")
+    assert faults(toy_rows["spilling", "sm_90"], {"sm_90": {"spilling softmax_kernel": 10**6}}) == []
     assert faults(toy_rows["small-matmul", "sm_90"]) == ["lacks HGMMA"], "16 rows are too few for wgmma"
     assert faults(toy_rows["odd-softmax", "sm_90"]) == ["lacks LDG.128"]
     (broken,) = faults(toy_rows["broken", "sm_90"])

@@ -77,7 +77,7 @@ def test_cycles_of_a_hopper_iteration_counted_by_hand():
     )
     limit = sass.bound(blocks, "sm_90", num_warps=8)
     assert (limit.limit, limit.peak, limit.share, limit.is_loop) == ("tensor", "tensor", 1.0, True)
-    assert limit.serial_share == pytest.approx(192 / (192 + 128))
+    assert limit.serial_share == pytest.approx(192 / (192 + 24))
 
 
 AMPERE_LOOP = """
