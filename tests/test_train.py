@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gptlib import train
+from gptlib import runfolder, train
 from gptlib.data import Batches
 from gptlib.metrics import COLUMNS, read_metrics
 from gptlib.model import GPTConfig
@@ -118,8 +119,8 @@ def test_resuming_is_exact(text):
     succeed(*flags, "--out", "whole", data=text)
     succeed(*flags, "--out", "parts", "--stop-at", 4, data=text)
     assert not same_checkpoint("whole", "parts")
-    # Without --data and the rest: a resumed run knows its flags. Evaluating more often changes nothing.
-    code, _, err = trainer.run("--resume", "--out", "parts", "--eval-every", 3)
+    # Without --data and the rest: a resumed run knows its flags. Evaluating and sampling change nothing.
+    code, _, err = trainer.run("--resume", "--out", "parts", "--eval-every", 3, "--sample-every", 2)
     assert code == 0, err
     assert same_checkpoint("whole", "parts")
     assert [r["step"] for r in read_metrics("parts/metrics.csv")] == [4, 6, 8]
@@ -203,7 +204,8 @@ def test_a_run_folder_is_not_overwritten_unasked(text):
     assert Path("mine/checkpoint/model.safetensors").read_bytes() == before
     succeed("--steps", 3, "--out", "mine", "--overwrite", data=text)
     assert [r["step"] for r in read_metrics("mine/metrics.csv")] == [3]
-    assert Path("mine/notes.txt").read_text() == "keep"
+    runfolder.claim(SimpleNamespace(out="mine", overwrite=True))
+    assert [p.name for p in Path("mine").iterdir()] == ["notes.txt"], "a run goes whole, and nothing else goes"
 
 
 @pytest.mark.parametrize(
