@@ -1,11 +1,13 @@
 """Names to callables: every implementation against the reference, and clear words for what cannot be."""
 
+import os
 import sys
 
 import pytest
 import torch
 
 from gptlib import backends, reference
+from gptlib.device import autocast_for, choose_device, choose_dtype
 from gptlib.errors import UserError
 
 CPU = torch.device("cpu")
@@ -128,6 +130,24 @@ def test_defaults_by_device():
     assert not backends.is_interpreted("sdpa", "torch", CPU)
     assert backends.is_interpreted("sdpa", "triton", CPU) and backends.is_interpreted("triton-softmax", "torch", CPU)
     assert not backends.is_interpreted("triton", "triton", torch.device("cuda"))
+
+
+def test_a_cpu_run_chooses_the_interpreter_first_thing(monkeypatch):
+    for asked, expected in ((None, "1"), ("0", "0")):  # what the user has set stays
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        if asked is not None:
+            monkeypatch.setenv("TRITON_INTERPRET", asked)
+        assert choose_device("cpu") == CPU and os.environ["TRITON_INTERPRET"] == expected
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_dtypes_by_device():
+    assert choose_dtype("auto", CPU) == choose_dtype("float32", CPU) == torch.float32
+    assert choose_dtype("bfloat16", CPU) == torch.bfloat16
+    with autocast_for(CPU, torch.bfloat16):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with autocast_for(CPU, torch.float32):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
 @pytest.mark.deep
