@@ -1,4 +1,4 @@
-# make train | test | test-deep | lint      PYTHON=... uses an environment you already have and installs nothing.
+# make train | test | test-deep | lint | bench | gpu | report      PYTHON=... uses an environment you already have and installs nothing.
 # TORCH_INDEX=URL takes torch's wheels from that index (https://pytorch.org/get-started/locally/ names them).
 
 VENV := .venv
@@ -12,11 +12,14 @@ endif
 ARGS ?=
 JOBS ?= auto
 
-.PHONY: help train test test-deep lint format clean
+.PHONY: help train test test-deep lint format clean bench gpu report
 help:
 	@echo "make train      train the tiny GPT on the standard library's sources (ARGS='--attn sdpa ...' are passed on)"
 	@echo "make test       the fast tests, at most five minutes on two cores"
 	@echo "make test-deep  the long tests, at most twenty"
+	@echo "make bench      our kernels' times as multiples of stock torch ops, compared with the saved ones"
+	@echo "make gpu        on a machine with a GPU: tests, benches and training runs in ten minutes, with plain python3"
+	@echo "make report     draws results/ and rewrites the tables of the READMEs"
 	@echo "make lint       ruff, check and format;  make format  lets it rewrite"
 
 train: $(READY)
@@ -27,6 +30,15 @@ test: $(READY)
 
 test-deep: $(READY)
 	$(PY) -m pytest tests -n $(JOBS) -m deep $(ARGS)
+
+bench: $(READY)
+	$(PY) bench/ratios.py $(ARGS)
+
+gpu:
+	$(or $(PYTHON),python3) bench/gpu.py $(ARGS)
+
+report: $(READY)
+	$(PY) bench/report.py $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

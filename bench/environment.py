@@ -6,12 +6,16 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 from pathlib import Path
 
+if not __package__:  # run as a script: the checkout belongs on the path, not bench/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
+
+from bench import table
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = [
@@ -67,8 +71,7 @@ def device_name(device):
 
 def results_folder(device):
     """The device's folder of published results: results/h100-80gb-hbm3, results/cpu."""
-    words = re.findall(r"[a-z0-9]+", device_name(device).lower())
-    return ROOT / "results" / "-".join(w for w in words if w not in ("nvidia", "amd", "geforce"))
+    return ROOT / "results" / table.folder_name(device_name(device))
 
 
 def git_commit():

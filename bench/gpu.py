@@ -27,12 +27,17 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+if not __package__:  # run as a script: the checkout belongs on the path, not bench/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from bench import report, table
+
 ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = "results.tar.gz"
 LEAST_S = 5  # a step with less time than this is not started
 GRACE_S = 10  # for a step that is asked to stop: pytest then still prints what failed so far
 TEST_PROCESSES = 8
-PROBE = "import torch; print(torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name())"
+PROBE = "import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,10 @@ class Outcome:
     note: str = ""
 
 
-def plan(device, out, commit=None):
+def plan(device_name, out, commit=None):
     """All steps in order. On a CPU the same commands on shapes small enough to rehearse with."""
-    python, results = sys.executable, str(Path(out) / "results")
+    python, device = sys.executable, "cpu" if device_name == "CPU" else "cuda"
+    results = str(Path(out) / "results" / table.folder_name(device_name))
     tests = [python, "-m", "pytest", "tests", "-q", "--tb=short", "-p", "no:cacheprovider", "--maxfail=40"]
     if importlib.util.find_spec("xdist"):
         tests += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
@@ -81,7 +87,7 @@ def plan(device, out, commit=None):
         ),
         Step("train", 1.0, bench("train", train, tiny_train)),
         Step("train-compiled", 1.0, bench("train", train + " --compile", tiny_train)),
-        Step("report", 0.2, (python, "bench/report.py", "--results", results)),
+        Step("report", 0.2, (python, "bench/report.py", "--results", str(Path(out) / "results"))),
     ]
 
 
@@ -177,9 +183,6 @@ def summary(outcomes):
 
 def figures(results):
     """Ours beside the fastest other provider, a line per shape, from the CSVs that the steps wrote."""
-    sys.path.insert(0, str(ROOT))
-    from bench import report
-
     return "\n".join(line for found in report.load(results) for line in report.digest(found))
 
 
@@ -196,31 +199,35 @@ def parse(argv):
     return args
 
 
-def refusal(device):
-    """Why this machine cannot run, or None."""
+def probe(device):
+    """The device's name and, where this machine cannot run, why (else None). torch is asked in a process of its own."""
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
     if done.returncode:
-        return f"{sys.executable} cannot import torch: {done.stderr.strip().splitlines()[-1]}"
-    version, found = done.stdout.strip().split(" ", 1)
+        return "", f"{sys.executable} cannot import torch: {done.stderr.strip().splitlines()[-1]}"
+    version, _, name = done.stdout.strip().partition(" ")
     if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < (2, 11):
-        return f"torch {version} is too old; 2.11 or newer is needed"
-    if device != "cpu" and found == "False":
-        return f"torch {version} sees no GPU here; --device cpu rehearses the steps without one"
-    return None
+        return name, f"torch {version} is too old; 2.11 or newer is needed"
+    if device == "cpu":
+        return "CPU", None
+    return name, None if name else f"torch {version} sees no GPU here; --device cpu rehearses the steps without one"
 
 
 def main(argv=None):
     args = parse(argv)
     out = Path(args.out).resolve()
-    steps = plan(args.device, out, args.commit)
+    device_name, problem = probe(args.device)
+    steps = plan(device_name, out, args.commit)
     names = [step.name for step in steps]
     wanted = args.only.split(",") if args.only else names
-    unknown = [name for name in wanted if name not in names]
-    problem = f"--only {','.join(unknown)} is unknown; steps: {', '.join(names)}" if unknown else refusal(args.device)
+    if unknown := [name for name in wanted if name not in names]:
+        problem = f"--only {','.join(unknown)} is unknown; steps: {', '.join(names)}"
     if problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    outcomes = run_all([s for s in steps if s.name in wanted], args.minutes, out, run_step)
+    try:
+        outcomes = run_all([s for s in steps if s.name in wanted], args.minutes, out, run_step)
+    except KeyboardInterrupt:
+        return 130
     print(f"\n{figures(out / 'results')}\n\n{summary(outcomes)}\n\nall of it: {out / ARCHIVE}")
     return 0 if all(o.status == "ok" for o in outcomes) else 1
 

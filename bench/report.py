@@ -233,18 +233,18 @@ def main(argv=None):
     if not found:
         print(f"error: {args.results} holds no results; run a bench with --publish first", file=sys.stderr)
         return 2
+    readme = Path(args.readme).resolve()
+    text = readme.read_text() if folder == readme.parent / "results" else None
+    if text is not None and (BEGIN not in text or END not in text):
+        print(f"error: {readme.name} lacks the markers {BEGIN} and {END}", file=sys.stderr)
+        return 2
     from bench import plots
 
     for path in plots.draw_all(found):
         print(f"drew {path}")
     table.write_whole(folder / "README.md", results_page(found, folder))
     print(f"wrote {folder / 'README.md'}")
-    readme = Path(args.readme).resolve()
-    if folder == readme.parent / "results":
-        text = readme.read_text()
-        if BEGIN not in text or END not in text:
-            print(f"error: {readme.name} lacks the markers {BEGIN} and {END}", file=sys.stderr)
-            return 2
+    if text is not None:
         table.write_whole(readme, replace_region(text, readme_region(found, readme.parent)))
         print(f"wrote the tables of {readme}")
     return 0

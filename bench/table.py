@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 BEST = "*"
@@ -42,6 +43,12 @@ def compare_providers(rows, keys, value, *, lowest=False, digits=1):
                 cells.append((by_provider[provider]["status"] if provider in by_provider else "-") + " ")
         lines.append([*group, *cells])
     return align([*keys, *(p + " " for p in providers)], lines)
+
+
+def folder_name(device_name):
+    """A device's folder under results/: "h100-80gb-hbm3" for "NVIDIA H100 80GB HBM3", "cpu" for "CPU"."""
+    words = re.findall(r"[a-z0-9]+", device_name.lower())
+    return "-".join(w for w in words if w not in ("nvidia", "amd", "geforce"))
 
 
 def write_csv(path, rows, columns):

@@ -12,6 +12,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 
+from gptlib import backends
+from gptlib.errors import UserError
+
+
+def pytest_addoption(parser):
+    parser.addoption("--attn", help="an attention, such as my.kernel:attend, to run tests/test_your_kernel.py on alone")
+
+
+def pytest_configure(config):
+    if config.getoption("--attn"):
+        try:
+            backends.attention(config.getoption("--attn"))
+        except UserError as e:
+            raise pytest.UsageError(str(e)) from None
+
 
 @pytest.fixture(scope="session")
 def device():
@@ -30,6 +45,11 @@ def poisoned():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+def pytest_ignore_collect(collection_path, config):
+    if config.getoption("--attn") and collection_path.is_file():
+        return collection_path.name != "test_your_kernel.py" or None
 
 
 def pytest_collection_modifyitems(items):
