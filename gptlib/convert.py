@@ -59,7 +59,7 @@ def from_hf(config: dict, tensors: dict[str, Tensor]) -> tuple[GPTConfig, dict[s
         biases = theirs[f"h.{i}.attn.c_attn.bias"].chunk(3)
         for projection, weight, bias in zip(_PROJECTIONS, weights, biases, strict=True):
             ours[f"trf_blocks.{i}.att.{projection}.weight"] = weight.contiguous()
-            ours[f"trf_blocks.{i}.att.{projection}.bias"] = bias.clone()
+            ours[f"trf_blocks.{i}.att.{projection}.bias"] = bias
     ours["out_head.weight"] = ours["tok_emb.weight"] if cfg.tie_weights else theirs["lm_head.weight"]
     return cfg, ours
 

@@ -11,7 +11,7 @@ import pytest
 from gptlib import prepare as module
 from gptlib.errors import UserError
 from gptlib.prepare import main, prepare
-from gptlib.tokenizer import END_OF_TEXT, Tokenizer, train_bpe
+from gptlib.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer, train_bpe
 
 
 def words(i):
@@ -250,6 +250,12 @@ def test_damaged_shards_are_made_again(make, folder, tmp_path, name, damage):
     assert np.array_equal(again.train, train) and again.tokenizer.hash == first.tokenizer.hash
     assert path.read_bytes() == content
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [first.fingerprint]
+
+
+def test_another_tokenizer_beside_the_shards_is_not_believed(make, folder, tmp_path):
+    first = make(folder, tokenizer="corpus")
+    byte_tokenizer().save(tmp_path / "cache" / first.fingerprint / "tokenizer.json")
+    assert make(folder, tokenizer="corpus").tokenizer.hash == first.tokenizer.hash
 
 
 def test_an_interrupted_run_leaves_nothing(make, folder, tmp_path, monkeypatch):
