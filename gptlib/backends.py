@@ -48,7 +48,7 @@ def flex():
     """torch's FlexAttention, compiled. It has no dropout, and no backward on a CPU."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = torch.compile(flex_attention)
 
     @functools.lru_cache(maxsize=16)
     def block_mask(Tq, Tk, device):
@@ -146,7 +146,7 @@ def default_names(device):
 
 def is_interpreted(attn, norm, device):
     """Whether one of these names runs our kernels without a GPU."""
-    return device.type == "cpu" and any(name.startswith("triton") for name in (attn, norm))
+    return device.type == "cpu" and (attn in ("triton", "triton-softmax") or norm == "triton")
 
 
 def check_training(name, *, device, n_heads, head_dim, dropout_p, dtype=torch.float32):

@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from gptlib.errors import UserError
 from gptlib.model import GPTConfig, GPTModel
 
+STATE_KEYS = {"step", "model", "tokenizer_hash", "data_fingerprint", "batches"}
+
 
 def save(run, model, optimizer, batches, corpus, step):
     """Write run/checkpoint: everything that the steps to come depend on."""
@@ -79,7 +81,10 @@ def load_state(run):
     """The contents of state.json."""
     path = find(run) / "state.json"
     try:
-        return json.loads(path.read_text())
+        state = json.loads(path.read_text())
+        if not isinstance(state, dict) or not state.keys() >= STATE_KEYS:
+            raise ValueError(f"it lacks one of {', '.join(sorted(STATE_KEYS))}")
+        return state
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({e}); the checkpoint is damaged") from e
 

@@ -143,9 +143,9 @@ def run(args: argparse.Namespace):
     device = choose_device(args.device)
     default_attn, default_norm = backends.default_names(device)
     attn, norm = args.attn or default_attn, args.norm or default_norm
+    model, tokenizer = load_run(args.run, attn=attn, norm=norm)
     if backends.is_interpreted(attn, norm, device):
         print(backends.INTERPRETER_NOTE, file=sys.stderr)
-    model, tokenizer = load_run(args.run, attn=attn, norm=norm)
     model.to(device)
     context_length = model.cfg.context_length
     ids = prompt_ids(tokenizer, args.prompt, context_length)

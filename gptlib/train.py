@@ -129,11 +129,12 @@ def settle(given):
     args = options.complete(given, device, stored)
     cfg = options.model_config(args)
     dtype = choose_dtype(args.dtype, device)
-    if backends.is_interpreted(args.attn, args.norm, device):
-        print(backends.INTERPRETER_NOTE, file=sys.stderr)
+    backends.norm(args.norm)
     backends.check_training(
         args.attn, device=device, n_heads=cfg.n_heads, head_dim=cfg.head_dim, dropout_p=cfg.drop_rate, dtype=dtype
     )
+    if backends.is_interpreted(args.attn, args.norm, device):
+        print(backends.INTERPRETER_NOTE, file=sys.stderr)
     return args, cfg, device, dtype
 
 
@@ -143,7 +144,7 @@ def train(given):
     autocast = autocast_for(device, dtype)
 
     # Text -> tokens -> batches.
-    corpus = prepare(args.data, args.tokenizer, cfg.vocab_size)
+    corpus = prepare(args.data, args.tokenizer, cfg.vocab_size, progress=sys.stderr.isatty())
     tokenizer = corpus.tokenizer
     cfg = with_vocabulary(cfg, tokenizer, args.vocab_size)
     T = cfg.context_length

@@ -153,7 +153,7 @@ def test_dtypes_by_device():
 @pytest.mark.deep
 def test_flex_equals_the_reference(device):
     attend = backends.attention("flex")
-    for shape in ({"Tq": 128, "Tk": 128}, {"Tq": 5, "Tk": 128}):
+    for shape in ({"Tq": 128, "Tk": 128}, {"Tq": 5, "Tk": 128}, *({"Tq": 1, "Tk": n} for n in range(60, 64))):
         tensors = [t.detach() for t in inputs(device, **shape)]
         torch.testing.assert_close(attend(*tensors), reference.causal_attention(*tensors), atol=2e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="no dropout"):

@@ -150,6 +150,11 @@ def test_other_text_other_shapes_and_damage_are_refused(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         checkpoint.find(tmp_path / "nowhere")
     folder = tmp_path / "checkpoint"
+    whole = (folder / "state.json").read_text()
+    (folder / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="lacks one of batches, data_fingerprint"):
+        checkpoint.load_state(tmp_path)
+    (folder / "state.json").write_text(whole)
     for name in ("optimizer.safetensors", "model.safetensors", "state.json"):
         (folder / name).write_bytes((folder / name).read_bytes()[:50])
         with pytest.raises(UserError, match=rf"{name} cannot be read .*damaged") as e:
