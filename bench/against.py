@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from bench import environment
@@ -94,11 +95,10 @@ def serve():
         row = {"status": "failed", "note": " ".join(missing)}
         for provider in found:
             verdict = checks.verdict(provider, request["checked"])
-            inputs = harness.timing_inputs(bench, request["case"], device)
+            inputs = partial(harness.timing_inputs, bench, request["case"], device)
             harness.fill_row(
                 row, bench, provider, inputs, request["case"], request["mode"], verdict, timer, settings["budget_s"]
             )
-            del inputs
         timing.free_memory()
         answers.write(json.dumps(row) + "\n")
         answers.flush()

@@ -73,7 +73,7 @@ def plan(device_name, out, commit=None):
         return (python, f"bench/{name}.py", *common, *(on_gpu if device != "cpu" else on_cpu).split())
 
     attention = "--seq 512,1024,2048,4096,8192,16384 --head-dim 64,128 --mode fwd,bwd --budget 0.1"
-    rows = "--length 1024,2048,4096,8192,16384,32768,65536,131072 --mode fwd,bwd --budget 0.1"
+    rows = "--mode fwd,bwd --budget 0.1 --length 1024,2048,4096,8192,16384,32768,65536"
     train = "--preset gpt2 --attn reference,sdpa,flex,triton --norm torch,triton --seq 1024"
     tiny_train = "--preset tiny --n-layers 1 --seq 32 --steps 3 --attn reference,sdpa --norm torch"
     return [
@@ -81,10 +81,9 @@ def plan(device_name, out, commit=None):
         Step("tests", 2.5, tuple(tests)),
         Step("tests-deep", 1.5, (*tests, "-m", "deep")),
         Step("attention", 2.0, bench("attention", attention, "--seq 64 --providers reference,sdpa --budget 0.01")),
-        Step("softmax", 0.7, bench("softmax", f"--op softmax {rows}", "--length 64 --providers reference,torch")),
-        Step(
-            "layernorm", 0.8, bench("layernorm", f"--op layer_norm {rows}", "--length 64 --providers reference,torch")
-        ),
+        Step("softmax", 0.7, bench("softmax", f"{rows},131072", "--length 64 --providers reference,torch")),
+        Step("layernorm", 0.8, bench("layernorm", rows, "--length 64 --providers reference,torch")),
+        Step("ratios", 0.3, (python, "bench/ratios.py", "--out", results)),
         Step("train", 1.0, bench("train", train, tiny_train)),
         Step("train-compiled", 1.0, bench("train", train + " --compile", tiny_train)),
         Step("report", 0.2, (python, "bench/report.py", "--results", str(Path(out) / "results"))),

@@ -15,7 +15,9 @@ providers in turn, in one process, on the same random inputs. What happens to a 
 """
 
 import contextlib
+import functools
 import sys
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -124,7 +126,7 @@ def run(bench, cases, competitors, modes, *, reference, device, timer, ceilings,
             checked = bench.gate_case(case, cases)
             local = [p for p in competitors if not isinstance(p, OtherCommit)]
             verdicts = {p.name: checks.verdict(p, checked) for p in local}
-            inputs = timing_inputs(bench, case, device)
+            inputs = functools.cache(partial(timing_inputs, bench, case, device))
             for mode in modes:
                 for provider in competitors:
                     progress.set_postfix_str(f"{provider.name} {mode} " + " ".join(map(str, case.values())))
@@ -160,7 +162,8 @@ def new_row(bench, provider, case, mode, device, checked):
 
 
 def fill_row(row, bench, provider, inputs, case, mode, verdict, timer, budget_s):
-    """Status, and figures where the provider was right and its speed means something."""
+    """Status, and figures where the provider was right and its speed means something. `inputs()` gives the inputs:
+    they may be what does not fit."""
     row["status"], row["note"] = verdict.status, verdict.note
     if verdict.worst is not None:
         row["max_error"], row["error_bound"] = verdict.worst.error, verdict.worst.bound
@@ -170,10 +173,11 @@ def fill_row(row, bench, provider, inputs, case, mode, verdict, timer, budget_s)
         row["status"] = "parity"
         return
     try:
-        row.update(measure(bench, provider.call, inputs, case, mode, timer, budget_s))
+        row.update(measure(bench, provider.call, inputs(), case, mode, timer, budget_s))
     except Exception as e:
         row["status"], row["note"] = gate.status_of(e), providers.first_line(e)
-        timing.free_memory()
+    if row["status"] != "ok":
+        timing.free_memory()  # only now: an exception being handled holds what its frames hold
 
 
 def add_rate(row, ceiling):

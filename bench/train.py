@@ -106,6 +106,7 @@ def check_losses(settings):
         small = dataclasses.replace(setting, cfg=cfg, batch=CHECK_BATCH, compile=False)
         expected = losses(dataclasses.replace(small, attn="reference", norm="reference"))
         found[setting.name] = compare_losses(small, expected)
+        timing.free_memory()
     return found
 
 
@@ -115,7 +116,6 @@ def compare_losses(setting, expected):
         with gate.count_interpreted_launches() as launches:
             differences = [abs(a - b) for a, b in zip(losses(setting), expected, strict=True)]
     except Exception as e:
-        timing.free_memory()
         return gate.status_of(e), None, providers.first_line(e)
     difference = math.inf if any(math.isnan(d) for d in differences) else max(differences)
     tolerance = TOLERANCE[setting.dtype]

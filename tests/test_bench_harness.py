@@ -207,6 +207,20 @@ def test_out_of_memory_beyond_the_checked_shape_is_a_row():
     assert [row["status"] for row in rows] == ["ok", "oom"]
 
 
+def test_inputs_that_do_not_fit_are_rows(monkeypatch):
+    inputs = attention.Attention.inputs
+
+    def small_memory(self, case, device):
+        if case["seq"] > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inputs(self, case, device)
+
+    monkeypatch.setattr(attention.Attention, "inputs", small_memory)
+    cases = [{**ATTENTION, "seq": 64}, {**ATTENTION, "seq": 65}]
+    rows = run_attention(provider("eager", reference.causal_attention), modes=["fwd"], cases=cases)
+    assert [row["status"] for row in rows] == ["ok", "oom"]
+
+
 def test_the_checked_shape_is_the_smallest_and_bounded():
     bench = attention.Attention()
     cases = [{**ATTENTION, "seq": seq} for seq in (4096, 512)]
