@@ -97,8 +97,9 @@ def import_run(source: str | Path, out: str | Path) -> GPTConfig:
     def fill(run: Path) -> None:
         (run / "checkpoint").mkdir()
         save_file(state, run / "checkpoint" / "model.safetensors")
-        written = {"step": 0, "model": shape, "tokenizer_hash": tokenizer.hash}
-        checkpoint.write_json(run / "checkpoint" / "state.json", written)
+        progress = {"step": 0, "data_fingerprint": None, "batches": {}}  # it was trained elsewhere
+        state_file = run / "checkpoint" / "state.json"
+        checkpoint.write_json(state_file, progress | {"model": shape, "tokenizer_hash": tokenizer.hash})
         tokenizer.save(run / "tokenizer.json")
         named = {"name": tokenizer.name, "n_vocab": tokenizer.n_vocab, "hash": tokenizer.hash}
         checkpoint.write_json(run / "config.json", {"converted_from": str(source), "model": shape, "tokenizer": named})
