@@ -43,6 +43,28 @@ def named(name):
     return next(case for case in cases() if case.name == name)
 
 
+def launch(prepare, *args, **options):
+    """Make the inputs, then run the launchers."""
+    return prepare(*args, **options)()
+
+
+def with_tile(kernel, tile, call):
+    """call() with `tile` (a _tuning.Tile or RowTile) in the place of the table's row for `kernel`."""
+    from kernels import _tuning
+
+    name = "row_tile" if isinstance(tile, _tuning.RowTile) else "attention_tile"
+    table = getattr(_tuning, name)
+
+    def choose(*args, **options):
+        return tile if kernel in args[:2] else table(*args, **options)
+
+    setattr(_tuning, name, choose)
+    try:
+        return call()
+    finally:
+        setattr(_tuning, name, table)
+
+
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
@@ -52,7 +74,7 @@ def attention_cases():
     found = []
 
     def add(dtype, head_dim, feature, expects, **arguments):
-        call = partial(attention, DTYPES[dtype], head_dim, **FEATURES.get(feature, {}), **arguments)
+        call = partial(launch, prepare_attention, DTYPES[dtype], head_dim, **FEATURES.get(feature, {}), **arguments)
         core = (feature == "plain" and dtype != "fp16") or (dtype == "bf16" and head_dim in (64, 128))
         found.append(Case(f"attention-{dtype}-d{head_dim}-{feature}", call, expects, core))
 
@@ -69,29 +91,46 @@ def attention_cases():
     return found
 
 
-def attention(
-    dtype, head_dim, dropout_p=0.0, window=0, documents=False, kv_heads=HEADS, lse_gradient=False, padding=0, tf32=False
+def prepare_attention(
+    dtype,
+    head_dim,
+    dropout_p=0.0,
+    window=0,
+    documents=False,
+    kv_heads=HEADS,
+    lse_gradient=False,
+    padding=0,
+    tf32=False,
+    device="meta",
 ):
-    """Forward and backward. `padding` elements between rows of q, k and v keep descriptors from reading them."""
+    """A call of forward and backward, which returns out, lse, dq, dk and dv. `padding` elements between the rows of q,
+    k, v and dout keep descriptors from reading them."""
     import torch
 
     from kernels.attention.backward import attention_backward
     from kernels.attention.forward import attention_forward
 
     def heads(count):
-        return _meta(BATCH, TOKENS, count, head_dim + padding, dtype=dtype)[..., :head_dim].transpose(1, 2)
+        return _normal(BATCH, TOKENS, count, head_dim + padding, dtype=dtype, device=device)[..., :head_dim].transpose(
+            1, 2
+        )
 
     q, k, v, dout = heads(HEADS), heads(kv_heads), heads(kv_heads), heads(HEADS)
-    rng = _meta(2, dtype="int64") if dropout_p else None
-    bounds = [_meta(TOKENS, dtype="int32") if documents else None for _ in range(2)]
-    precision = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
-    try:
-        out, lse = attention_forward(q, k, v, 0.125, dropout_p, rng, window, bounds[0])
-        dlse = torch.empty_like(lse) if lse_gradient else None
-        attention_backward(dout, dlse, q, k, v, out, lse, 0.125, dropout_p, rng, window, *bounds)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = precision
+    rng = torch.zeros(2, dtype=torch.int64, device=device) if dropout_p else None
+    bounds = [torch.zeros(TOKENS, dtype=torch.int32, device=device) if documents else None for _ in range(2)]
+
+    def run():
+        precision = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+        try:
+            out, lse = attention_forward(q, k, v, 0.125, dropout_p, rng, window, bounds[0])
+            dlse = torch.empty_like(lse) if lse_gradient else None
+            grads = attention_backward(dout, dlse, q, k, v, out, lse, 0.125, dropout_p, rng, window, *bounds)
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = precision
+        return out, lse, *grads
+
+    return run
 
 
 def decode_cases():
@@ -99,21 +138,23 @@ def decode_cases():
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS:
             expects = {} if dtype == "fp32" else {"decode_kernel": ("mma", "tma_load")}
-            call = partial(decode, DTYPES[dtype], head_dim)
+            call = partial(launch, prepare_decode, DTYPES[dtype], head_dim)
             found.append(Case(f"decode-{dtype}-d{head_dim}-plain", call, expects, core=dtype != "fp16"))
     for feature, arguments in {"window": {"window": 256}, "gqa": {"kv_heads": 3}, "rows": {"queries": 5}}.items():
         expects = {"decode_kernel": ("tensor" if feature == "rows" else "mma", "tma_load")}
-        found.append(Case(f"decode-bf16-d64-{feature}", partial(decode, "bfloat16", 64, **arguments), expects))
+        found.append(
+            Case(f"decode-bf16-d64-{feature}", partial(launch, prepare_decode, "bfloat16", 64, **arguments), expects)
+        )
     return found
 
 
-def decode(dtype, head_dim, queries=1, kv_heads=HEADS, window=0):
-    """A few queries against a long cache."""
+def prepare_decode(dtype, head_dim, queries=1, kv_heads=HEADS, window=0, device="meta"):
+    """A call for a few queries against a long cache."""
     from kernels.attention.decode import attention_decode
 
-    q = _meta(1, HEADS, queries, head_dim, dtype=dtype)
-    k, v = (_meta(1, kv_heads, 8 * TOKENS, head_dim, dtype=dtype) for _ in range(2))
-    attention_decode(q, k, v, 0.125, window)
+    q = _normal(1, HEADS, queries, head_dim, dtype=dtype, device=device)
+    k, v = (_normal(1, kv_heads, 8 * TOKENS, head_dim, dtype=dtype, device=device) for _ in range(2))
+    return lambda: attention_decode(q, k, v, 0.125, window)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -121,46 +162,57 @@ def decode(dtype, head_dim, queries=1, kv_heads=HEADS, window=0):
 
 def softmax_cases():
     return [
-        _row_case(kind, dtype, n, partial(softmax, DTYPES[dtype], n, kind == "causal-softmax"), "softmax")
+        _row_case(
+            kind, dtype, n, partial(launch, prepare_softmax, DTYPES[dtype], n, kind == "causal-softmax"), "softmax"
+        )
         for kind in ("softmax", "causal-softmax")
         for dtype in DTYPES
         for n in ROW_LENGTHS
     ]
 
 
-def softmax(dtype, n, causal):
-    """Forward and backward of rows of n elements."""
+def prepare_softmax(dtype, n, causal, device="meta"):
+    """A call of forward and backward for rows of n elements, which returns y and dx."""
     from kernels.softmax import softmax_backward, softmax_forward
 
-    x = _meta(TOKENS, n, dtype=dtype)
-    y = softmax_forward(x, 1.0, causal, x.dtype)
-    softmax_backward(y, y, 1.0, causal, x.dtype)
+    x = _normal(BATCH * TOKENS, n, dtype=dtype, device=device)
+
+    def run():
+        y = softmax_forward(x, 1.0, causal, x.dtype)
+        return y, softmax_backward(y, x, 1.0, causal, x.dtype)
+
+    return run
 
 
 def norm_cases():
     found = [
-        _row_case(kind, dtype, n, partial(norm, DTYPES[dtype], n, kind), "norm")
+        _row_case(kind, dtype, n, partial(launch, prepare_norm, DTYPES[dtype], n, kind), "norm")
         for kind in ("layer-norm", "add-layer-norm", "rms-norm")
         for dtype in DTYPES
         for n in ROW_LENGTHS
     ]
-    plain = partial(norm, "bfloat16", 768, "layer-norm", affine=False)
-    mixed = partial(norm, "bfloat16", 768, "add-layer-norm", parameters="float32")
+    plain = partial(launch, prepare_norm, "bfloat16", 768, "layer-norm", affine=False)
+    mixed = partial(launch, prepare_norm, "bfloat16", 768, "add-layer-norm", parameters="float32")
     return [*found, Case("layer-norm-bf16-n768-bare", plain), Case("add-layer-norm-bf16-n768-fp32-parameters", mixed)]
 
 
-def norm(dtype, n, kind, affine=True, parameters=None):
-    """Forward and backward of rows of n elements; `affine` with weight and bias, in `parameters`' dtype if given."""
+def prepare_norm(dtype, n, kind, affine=True, parameters=None, device="meta"):
+    """A call of forward and backward for rows of n elements, which returns y, dx, dweight and dbias. `affine`: with
+    weight and bias, in `parameters`' dtype if given."""
     from kernels.layernorm import norm_backward, norm_forward
 
-    x = _meta(BATCH * TOKENS, n, dtype=dtype)
+    x, dy = (_normal(BATCH * TOKENS, n, dtype=dtype, device=device) for _ in range(2))
     rms = kind == "rms-norm"
-    weight = _meta(n, dtype=parameters or dtype) if affine else None
+    weight = _normal(n, dtype=parameters or dtype, device=device) if affine else None
     bias = None if rms else weight
-    residual = x if kind == "add-layer-norm" else None
-    y, h, stats = norm_forward(x, residual, weight, bias, 1e-5, rms, x.dtype)
-    dtypes = (None if t is None else t.dtype for t in (weight, bias))
-    norm_backward(y, residual, h if residual is not None else x, stats, weight, rms, *dtypes)
+    residual = dy if kind == "add-layer-norm" else None
+    dtypes = [None if t is None else t.dtype for t in (weight, bias)]
+
+    def run():
+        y, h, stats = norm_forward(x, residual, weight, bias, 1e-5, rms, x.dtype)
+        return y, *norm_backward(dy, residual, x if residual is None else h, stats, weight, rms, *dtypes)
+
+    return run
 
 
 def _row_case(kind, dtype, n, call, family):
@@ -177,7 +229,9 @@ def _wide(family, n):
     return dict.fromkeys(kernels[family], ("wide_load",)) if n >= 512 and n % 8 == 0 else {}
 
 
-def _meta(*shape, dtype):
+def _normal(*shape, dtype, device):
     import torch
 
-    return torch.empty(*shape, dtype=getattr(torch, dtype), device="meta")
+    if device == "meta":
+        return torch.empty(*shape, dtype=getattr(torch, dtype), device=device)
+    return torch.randn(*shape, device=device).to(getattr(torch, dtype))

@@ -1,0 +1,200 @@
+"""Finds the fastest tiles of the kernels on the GPU of this machine, and writes the rows for kernels/_tuning.py.
+
+    python bench/tune.py
+    python bench/tune.py --kernel forward,dkdv --head-dim 64 --dropout 0.1
+    python bench/tune.py --kernel softmax_forward --length 1024,4096
+
+Candidates are compiled first, for this GPU's architecture and without touching it, and only those that the compile
+report admits go on: no spills, the expected tensor-core and copy instructions, no more shared memory than there is, and
+a bound (see bench/sass.py) within reach of the best. Each is then checked against the shipped tile's results and timed:
+everything briefly, the fastest third again and longer, until three are left for a last round. Rows go to the screen and
+to runs/bench/tune/<gpu>.json; they become the shipped ones by hand, after the tests passed with them.
+"""
+
+import itertools
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+if not __package__:  # run as a script: the checkout belongs on the path, not bench/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from tqdm import tqdm
+
+from bench import command, compile_cases, compiled, environment, table, timing
+from gptlib.errors import UserError
+
+ATTENTION_KERNELS = {"forward": "attention_forward_kernel", "dkdv": "dkdv_kernel", "dq": "dq_kernel"}
+ROW_KERNELS = ("softmax_forward", "softmax_backward", "norm_forward", "norm_backward")
+ROUND_SECONDS = (0.02, 0.1, 0.5)  # of timing per candidate; the last round is for the three fastest
+REACH = 0.8  # of the best bound: a candidate below has no chance
+TOLERANCE = 0.02  # of the largest element: tiles sum in different orders, miscompiled code is far off
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row to find: a kernel at a head dimension or row length, and a call of the launchers that run it."""
+
+    kernel: str
+    size: int
+    prepare: partial  # of compile_cases: makes the inputs, on the meta device or on `device=`, and returns the call
+    expects: tuple = ()
+
+
+def attention_candidates(arch):
+    """Every tile worth a try on `arch`, as a launch table would hold it."""
+    from kernels._tuning import Tile
+
+    use_tma = arch in compiled.SPELLINGS["tma_load"]
+    stages = (1,) if arch.startswith("gfx") else (2, 3, 4)
+    sizes = itertools.product((64, 128), (32, 64, 128), (4, 8), stages, (False, True))
+    return [Tile(*size, use_tma) for size in sizes]
+
+
+def row_candidates(n):
+    """Tiles that hold rows of n elements whole, several to a program when short, with 8 to 64 elements a thread."""
+    from kernels._tuning import RowTile
+
+    block = max(16, 1 << (n - 1).bit_length())
+    counts = [rows for rows in (1, 2, 4, 8, 16, 32, 64) if rows * block <= max(4096, block)]
+    pairs = itertools.product(counts, (1, 2, 4, 8, 16, 32))
+    return [RowTile(rows, block, warps, True) for rows, warps in pairs if 8 <= rows * block // (32 * warps) <= 64]
+
+
+def admit(point, candidates, arch, pool):
+    """Candidates that the compile report admits, the best bound first."""
+    call = partial(compile_cases.launch, point.prepare)
+    calls = [partial(compile_cases.with_tile, point.kernel, tile, call) for tile in candidates]
+    cases = [compiled.Case(str(i), call, dict(point.expects)) for i, call in enumerate(calls)]
+    jobs = [job for job in pool.list_jobs(cases, [arch]) if _belongs(job.kernel, point.kernel)]
+    share, faulty = {}, set()
+    for row in tqdm(pool.compile(jobs), total=len(jobs), desc=f"compile {point.kernel} {point.size}", disable=None):
+        i = int(row["case"])
+        if compiled.faults(row, {}):
+            faulty.add(i)
+        share[i] = min(share.get(i, 1.0), row.get("peak_share", 1.0))
+    good = sorted((i for i in share if i not in faulty), key=lambda i: -share[i])
+    return [candidates[i] for i in good if share[i] >= REACH * share[good[0]]]
+
+
+def _belongs(compiled_name, kernel):
+    return compiled_name.startswith(ATTENTION_KERNELS.get(kernel, kernel))
+
+
+def search(candidates, time_one, rounds=ROUND_SECONDS):
+    """[(milliseconds, candidate)], fastest first, of the last round.
+
+    `time_one(candidate, seconds)` returns milliseconds or raises RuntimeError, which drops the candidate. Every round
+    but the last keeps the fastest third, never fewer than three.
+    """
+    timed = [(0.0, candidate) for candidate in candidates]
+    for seconds in rounds:
+        results = []
+        for _, candidate in timed:
+            try:
+                results.append((time_one(candidate, seconds), candidate))
+            except RuntimeError as error:
+                print(f"dropped {candidate}: {error}".splitlines()[0])
+        results.sort(key=lambda pair: pair[0])
+        timed = results if seconds == rounds[-1] else results[: max(3, -(-len(results) // 3))]
+    return timed
+
+
+# ---- on the GPU ------------------------------------------------------------------------------------------------------
+
+
+class GpuTimer:
+    """time_one for `search`: runs a point with a tile, checked against the shipped tile's results."""
+
+    def __init__(self, point, device):
+        self.point, self.timer = point, timing.timer_for(device)
+        self.run = point.prepare(device=device)
+        self.expected = [t.float() for t in self.run()]
+        self.checked = set()
+
+    def __call__(self, tile, seconds):
+        def step(_=None):
+            return compile_cases.with_tile(self.point.kernel, tile, self.run)
+
+        if tile not in self.checked:
+            self.check(step())
+            self.checked.add(tile)
+        return timing.percentiles(timing.sample(self.timer, step, budget_s=seconds))[1]
+
+    def check(self, outputs):
+        for expected, out in zip(self.expected, outputs, strict=True):
+            error = (out.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-20)
+            if not error <= TOLERANCE:
+                raise RuntimeError(f"results differ from the shipped tile's by {error:.1e} of the largest element")
+
+
+def points(args):
+    """What the command line asks to tune."""
+    found, dtype = [], compile_cases.DTYPES[args.dtype]
+    for kernel in args.kernel:
+        if kernel in ATTENTION_KERNELS:
+            for head_dim in args.head_dim:
+                call = partial(compile_cases.prepare_attention, dtype, head_dim, args.dropout)
+                expects = compile_cases.ATTENTION_EXPECTS if args.dtype != "fp32" else {}
+                found.append(Point(kernel, head_dim, call, tuple(expects.items())))
+        else:
+            for n in args.length:
+                norm = partial(compile_cases.prepare_norm, dtype, n, "add-layer-norm")
+                softmax = partial(compile_cases.prepare_softmax, dtype, n, False)
+                found.append(Point(kernel, n, norm if kernel.startswith("norm") else softmax))
+    return found
+
+
+def row_text(point, tile):
+    """A line for the tables of kernels/_tuning.py."""
+    if point.kernel in ATTENTION_KERNELS:
+        return f"{point.kernel} D = {point.size}: {tuple(tile[:5])}"
+    return f"{point.kernel} N <= {point.size}: ({point.size}, {tile.rows * tile.block_n}, {tile.num_warps})"
+
+
+def tune(args, device):
+    from kernels import _runtime
+
+    arch = _runtime.arch(device)
+    if arch not in compiled.LIMITS:
+        raise UserError(f"{arch} is unknown to the compile report, which knows {', '.join(compiled.LIMITS)}")
+    rows = []
+    with compiled.Workers(args.jobs or environment.os.cpu_count()) as pool:
+        for point in points(args):
+            attention = point.kernel in ATTENTION_KERNELS
+            candidates = attention_candidates(arch) if attention else row_candidates(point.size)
+            admitted = admit(point, candidates, arch, pool)
+            print(f"{point.kernel} {point.size}: {len(admitted)} of {len(candidates)} candidates admitted")
+            for ms, tile in search(admitted, GpuTimer(point, device)):
+                rows.append({"kernel": point.kernel, "size": point.size, "ms": ms, "row": row_text(point, tile)})
+                print(f"  {ms:9.4f} ms  {row_text(point, tile)}")
+    path = Path(args.out) / f"{environment.device_folder(device)}.json"
+    table.write_json(path, {"bench": "tune", "arch": arch, **environment.describe(device, args.commit), "rows": rows})
+    print(f"wrote {path}")
+
+
+def main(argv=None):
+    p = command.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    kernels = (*ATTENTION_KERNELS, *ROW_KERNELS)
+    p.add_argument("--kernel", type=command.one_of(kernels), default=list(ATTENTION_KERNELS), metavar="NAME,...")
+    p.add_argument("--head-dim", type=command.positives, default=[64, 128], metavar="D,...", help="default: 64,128")
+    p.add_argument("--length", type=command.positives, default=[768, 1024, 4096], metavar="N,...", help="of rows")
+    p.add_argument("--dtype", choices=list(compile_cases.DTYPES), default="bf16")
+    p.add_argument("--dropout", type=float, default=0.0)
+    p.add_argument("--jobs", type=command.positive, metavar="N", help="compiling processes; default: one per core")
+    p.add_argument("--out", default="runs/bench/tune", metavar="DIR")
+    p.add_argument("--commit", help="commit id to record, for a checkout without git")
+    args = p.parse_args(argv)
+    if not torch.cuda.is_available():
+        raise UserError(
+            "tuning measures, and this machine has no GPU that torch can use: run it on the machine whose rows you "
+            "want (NVIDIA of compute capability 8.0 or newer, or AMD's gfx942). Without one, python "
+            "bench/compile_report.py says which tiles spill and what bounds them"
+        )
+    tune(args, torch.device("cuda"))
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))

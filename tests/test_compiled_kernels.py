@@ -1,0 +1,98 @@
+"""Every shipped kernel as machine code: it compiles, spills nothing (or no more than its ceiling), uses the tensor
+cores and bulk copies that it was written for, and fits the shared memory.
+
+`make test` samples a few configurations of each architecture, `make test-deep` compiles the core set for sm_90, and
+`python bench/compile_report.py` and `make compile-matrix` compile the rest.
+"""
+
+import importlib.metadata
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import compile_cases, compile_report, compiled
+
+SAMPLE = [
+    ("sm_80", "attention-bf16-d64-plain", "dq_kernel"),
+    ("sm_90", "attention-bf16-d64-plain", "attention_forward_kernel"),
+    ("sm_90", "attention-bf16-d128-plain", "dkdv_kernel"),
+    ("sm_90", "layer-norm-bf16-n768", "norm_backward_kernel"),
+    ("sm_90", "softmax-bf16-n2048", "softmax_forward_kernel"),
+    ("sm_100", "attention-bf16-d64-plain", "attention_forward_kernel"),
+    ("gfx942", "attention-bf16-d64-plain", "dkdv_kernel"),
+]
+PINNED_TRITON = re.search(r"^triton==(\S+)", (Path(__file__).parents[1] / "constraints.txt").read_text(), re.MULTILINE)[
+    1
+]
+
+
+def report_faults(rows):
+    """One line per fault; ceilings hold for the pinned Triton alone, other versions may spill where they have one."""
+    ceilings = compiled.load_ceilings()
+    if importlib.metadata.version("triton") != PINNED_TRITON:
+        ceilings = {arch: dict.fromkeys(names, 10**6) for arch, names in ceilings.items()}
+    found = [(row, compiled.faults(row, ceilings)) for row in rows]
+    return [f"{row['arch']} {row['case']} {row['kernel']} {row['config']}: {'; '.join(f)}" for row, f in found if f]
+
+
+@pytest.fixture(scope="module")
+def sample_rows(tmp_path_factory):
+    cases = [compile_cases.named(name) for name in dict.fromkeys(case for _, case, _ in SAMPLE)]
+    with compiled.Workers(1, cache=tmp_path_factory.mktemp("triton")) as pool:
+        jobs = pool.list_jobs(cases, dict.fromkeys(arch for arch, _, _ in SAMPLE))
+        return list(pool.compile([job for job in jobs if (job.arch, job.case, job.kernel) in SAMPLE]))
+
+
+def test_sample_has_no_faults(sample_rows):
+    assert len(sample_rows) == len(SAMPLE)
+    assert report_faults(sample_rows) == []
+
+
+def test_forward_loop_asks_what_its_tile_demands(sample_rows):
+    """A score costs 4 D FLOP of matmul and one exp2; rescaling the output, one exp2 in each of a row's 4 lanes."""
+    row = next(r for r in sample_rows if (r["arch"], r["kernel"]) == ("sm_90", "attention_forward_kernel"))
+    config = dict(word.split("=") for word in row["config"].split())
+    scores = int(config["BLOCK_Q"]) * int(config["BLOCK_K"])
+    assert row["cycles_tensor"] == 4 * 64 * scores / 4096
+    assert row["cycles_mufu"] == (scores + 4 * int(config["BLOCK_Q"])) / 16
+    assert row["peak"] == "tensor" and row["peak_share"] > 0.9
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(1500)
+def test_core_has_no_faults_on_sm_90(tmp_path):
+    core = [case for case in compile_cases.cases() if case.core]
+    rows = compile_report.compile_all(["sm_90"], cases=core, workers=min(4, os.cpu_count()))
+    assert len(rows) > 200
+    assert report_faults(rows) == []
+
+
+# ---- the list itself -------------------------------------------------------------------------------------------------
+
+
+def test_case_names_are_unique():
+    names = [case.name for case in compile_cases.cases()]
+    assert len(names) == len(set(names))
+
+
+def test_every_kernel_has_a_case(tmp_path_factory):
+    """Every function of kernels/ that ends in _kernel is launched by some case, on some architecture."""
+    source = Path(__file__).parents[1] / "kernels"
+    defined = {
+        name
+        for path in source.rglob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+    }
+    with compiled.Workers(1) as pool:
+        launched = {job.kernel for job in pool.list_jobs(compile_cases.cases(), ["sm_90"])}
+    assert defined == launched
+
+
+def test_only_fp32_attention_and_head_dimension_256_may_have_a_ceiling():
+    for arch, ceilings in compiled.load_ceilings().items():
+        assert arch in compiled.LIMITS
+        for name, spill in ceilings.items():
+            assert re.match(r"(attention|decode)-(fp32-d\d+|\w+-d256)-\w+ \w+_kernel$", name), name
+            assert spill > 0, f"{name} spills nothing: delete its ceiling"

@@ -1,0 +1,99 @@
+"""The search for tiles, with times that a formula gives instead of a GPU."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from bench import command, compile_cases, compiled, tune
+
+
+class FakeTimer:
+    """Times by formula, noisy in short rounds; some candidates do not run."""
+
+    def __init__(self, broken=()):
+        self.broken, self.asked = broken, []
+
+    def __call__(self, candidate, seconds):
+        self.asked.append((candidate, seconds))
+        if candidate in self.broken:
+            raise RuntimeError("results differ from the shipped tile's by 1.0e+00 of the largest element\nand more")
+        return abs(candidate - 17) + 1 + (candidate * 7 % 3) * 0.01 / seconds
+
+
+def test_search_finds_the_fastest():
+    timer = FakeTimer()
+    found = tune.search(range(30), timer, rounds=(0.01, 0.1, 1.0))
+    assert found[0][1] == 17 and found[0][0] == pytest.approx(1.02)
+    assert [times[0] for times in found] == sorted(times[0] for times in found)
+    rounds = [[c for c, s in timer.asked if s == seconds] for seconds in (0.01, 0.1, 1.0)]
+    assert [len(r) for r in rounds] == [30, 10, 4], "every round but the last keeps a third"
+    assert len(found) == 4
+
+
+def test_search_drops_what_does_not_run(capsys):
+    timer = FakeTimer(broken=(17, 18))
+    assert tune.search(range(12, 20), timer)[0][1] == 16
+    assert capsys.readouterr().out.splitlines()[0].startswith("dropped 17: results differ")
+    assert sum(candidate == 17 for candidate, _ in timer.asked) == 1
+
+
+def test_search_with_few_candidates_times_them_to_the_end():
+    assert [c for _, c in tune.search([3, 2], FakeTimer())] == [3, 2]
+    assert tune.search([17], FakeTimer(broken=(17,))) == []
+
+
+def test_candidates_are_tiles_of_the_table():
+    pytest.importorskip("triton")
+    from kernels import _tuning
+
+    attention = tune.attention_candidates("sm_90")
+    assert all(tile.use_tma for tile in attention) and not any(t.use_tma for t in tune.attention_candidates("sm_80"))
+    assert {t.num_stages for t in tune.attention_candidates("gfx942")} == {1}
+    rows = tune.row_candidates(768)
+    assert all(tile.block_n == 1024 and tile.holds_row for tile in rows)
+    assert {8, 64} <= {tile.rows * 1024 // (32 * tile.num_warps) for tile in rows}
+    assert all(isinstance(tile, _tuning.RowTile) for tile in rows)
+
+
+def test_a_point_runs_with_the_tile_it_is_given():
+    from kernels import _tuning
+
+    tile = _tuning.Tile(16, 16, 4, 1)
+    seen = compile_cases.with_tile(
+        "dq", tile, lambda: [_tuning.attention_tile(k, "sm_90", 64, 2) for k in ("dq", "dkdv")]
+    )
+    assert seen[0] is tile and seen[1] is not tile
+    assert _tuning.attention_tile("dq", "sm_90", 64, 2) is not tile, "and only while it runs"
+
+
+def test_only_what_the_report_admits_is_timed(tmp_path):
+    from kernels._tuning import RowTile
+
+    point = tune.Point("softmax_forward", 8192, partial(compile_cases.prepare_softmax, "float16", 8192, False))
+    good, spilling = RowTile(1, 8192, 8, True), RowTile(1, 8192, 1, True)
+    with compiled.Workers(1, cache=tmp_path) as pool:
+        assert tune.admit(point, [spilling, good], "sm_90", pool) == [good]
+
+
+def test_a_tile_whose_results_differ_is_refused():
+    timer = object.__new__(tune.GpuTimer)
+    timer.expected = [torch.tensor([1.0, -4.0])]
+    timer.check([torch.tensor([1.0, -4.05])])
+    for wrong in ([1.0, -4.2], [1.0, float("nan")]):
+        with pytest.raises(RuntimeError, match="differ from the shipped"):
+            timer.check([torch.tensor(wrong)])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_it_explains_and_exits_2(capsys, tmp_path):
+    assert command.run(tune.main, ["--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "no GPU" in error and "compile_report.py" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.gpu
+def test_tuning_a_row_kernel_on_the_gpu(tmp_path):
+    arguments = ["--kernel", "softmax_forward", "--length", "1024", "--out", str(tmp_path), "--commit", "test"]
+    assert command.run(tune.main, arguments) == 0
+    assert len(list(tmp_path.glob("*.json"))) == 1
