@@ -9,7 +9,6 @@ theirs has query, key and value in one matrix `c_attn`, ours in three. A model o
 gets zeros for it on the way out, which compute the same.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -27,6 +26,7 @@ from torch import Tensor
 from gptlib import checkpoint
 from gptlib.errors import UserError
 from gptlib.model import GPTConfig
+from gptlib.options import Parser
 from gptlib.tokenizer import END_OF_TEXT, Tokenizer, byte_characters, load_gpt2
 
 # What their configuration must say for their model to compute what ours does, each also the value when it is absent.
@@ -270,13 +270,13 @@ def _write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="gptlib.convert", description="GPT-2 checkpoints of Hugging Face in and out.")
+    parser = Parser(prog="gptlib.convert", description="GPT-2 checkpoints of Hugging Face in and out.")
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--from-hf", metavar="DIR", help="folder of config.json and model.safetensors")
     direction.add_argument("--to-hf", metavar="RUN", help="run folder whose model to write in their format")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, new or empty")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         convert = import_run if options.from_hf else export_run
         cfg = convert(options.from_hf or options.to_hf, options.out)
     except UserError as error:

@@ -12,7 +12,6 @@ The shards lie in `cache_dir/<fingerprint>/`: train.npy and val.npy (uint16, or 
 document ends with the end of text), tokenizer.json and meta.json. A second call finds them and only hashes the text.
 """
 
-import argparse
 import glob
 import hashlib
 import json
@@ -31,6 +30,7 @@ from tqdm import tqdm
 
 from gptlib import tokenizer as tokenizers
 from gptlib.errors import UserError
+from gptlib.options import Parser
 from gptlib.tokenizer import Tokenizer
 
 VALIDATION_SHARE = 0.05
@@ -322,13 +322,13 @@ def _open(folder: Path, fingerprint: str) -> Corpus | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="gptlib.prepare", description="Turn text into token shards on disk.")
+    parser = Parser(prog="gptlib.prepare", description="Turn text into token shards on disk.")
     parser.add_argument("--data", nargs="+", metavar="PATH", help="files, folders, patterns (default: the stdlib)")
     parser.add_argument("--tokenizer", default="corpus", help=f"one of {', '.join(tokenizers.NAMES)} (default: corpus)")
     parser.add_argument("--vocab-size", type=int, default=4096, help="largest corpus vocabulary (default: 4096)")
     parser.add_argument("--cache-dir", default="runs/data", help="where the shards go (default: runs/data)")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         corpus = prepare(options.data, options.tokenizer, options.vocab_size, cache_dir=options.cache_dir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -203,6 +203,9 @@ def test_bad_input_gets_one_line_with_its_path_and_leaves_nothing(tmp_path, caps
         assert error.startswith("error: ") and error.count("\n") == 1 and path in error, error
         with pytest.raises(UserError, match=message):
             prepare([path], "bytes", 300, cache_dir=cache)
+    assert main(["--vocab-size", "many"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "'many'" in error
     with pytest.raises(UserError, match="/dev/null is neither a file nor a folder"):
         prepare(["/dev/null"], "bytes", 300, cache_dir=cache)
     with pytest.raises(UserError, match="unknown tokenizer 'bpe': choose one of corpus, gpt2, bytes"):
