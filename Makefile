@@ -12,13 +12,14 @@ endif
 ARGS ?=
 JOBS ?= auto
 
-.PHONY: help train test test-deep lint format clean bench gpu report
+.PHONY: help train test test-deep lint format clean bench gpu report compile-matrix
 help:
 	@echo "make train      train the tiny GPT on the standard library's sources (ARGS='--attn sdpa ...' are passed on)"
 	@echo "make test       the fast tests, at most five minutes on two cores"
 	@echo "make test-deep  the long tests, at most twenty"
 	@echo "make bench      our kernels' times as multiples of stock torch ops, compared with the saved ones"
 	@echo "make gpu        on a machine with a GPU: tests, benches and training runs in ten minutes, with plain python3"
+	@echo "make compile-matrix  compile the kernels for GPUs that are not here with Triton 3.6, 3.7 and 3.9 (half an hour)"
 	@echo "make report     draws results/ and rewrites the tables of the READMEs"
 	@echo "make lint       ruff, check and format;  make format  lets it rewrite"
 
@@ -36,6 +37,9 @@ bench: $(READY)
 
 gpu:
 	$(or $(PYTHON),python3) bench/gpu.py $(ARGS)
+
+compile-matrix: $(READY)
+	$(PY) bench/compile_matrix.py $(ARGS)
 
 report: $(READY)
 	$(PY) bench/report.py $(ARGS)

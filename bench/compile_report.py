@@ -139,14 +139,16 @@ def main(argv=None):
     p.add_argument("--arch", type=archs, default=list(ARCHS), metavar="A,...", help=f"default: {','.join(ARCHS)}")
     p.add_argument("--kernel", type=command.names, default=(), metavar="NAME,...", help="parts of kernels' names")
     p.add_argument("--config", type=command.names, default=(), metavar="TEXT,...", help="parts of cases or constexprs")
+    p.add_argument("--core", action="store_true", help="only the smaller set that the long tests compile")
     p.add_argument("--jobs", type=command.positive, metavar="N", help="processes; default: one per core")
     p.add_argument("--out", default="runs/bench/compiled", metavar="DIR", help="where the CSV and JSON go")
     p.add_argument("--publish", action="store_true", help="also replace results/compiled/<arch>/")
     p.add_argument("--commit", help="commit id to record, for a checkout without git")
     args = p.parse_args(argv)
-    if args.publish and (args.kernel or args.config):
-        raise UserError("--publish replaces the whole report; run it without --kernel and --config")
-    rows = compile_all(args.arch, args.kernel, args.config, args.jobs)
+    if args.publish and (args.kernel or args.config or args.core):
+        raise UserError("--publish replaces the whole report; run it without --kernel, --config and --core")
+    cases = [case for case in compile_cases.cases() if case.core or not args.core]
+    rows = compile_all(args.arch, args.kernel, args.config, args.jobs, cases)
     print(show(rows))
     facts = environment.describe("cpu", args.commit)
     save(rows, args.out, facts)

@@ -33,7 +33,7 @@ instructions, which runs more often. With no tensor-core work it is the loop tha
 all the kernel itself is the one iteration. What a matmul loop loads is asked of L2, where other programs' loads have
 put it; what other kernels load and store, of the device memory. HGMMA operands taken from shared memory count as its
 bytes. The machine code does not say how many bytes a TMA load brings, but the PTX it was assembled from does, at the
-barrier that waits for it.
+barrier that waits for it. All warps of a program are taken to run the loop: there is no warp specialization here.
 """
 
 import re
@@ -69,7 +69,7 @@ HALF_OPS = {"HFMA2", "HADD2", "HMUL2", "HFMA2.MMA"}
 MUFU_OPS = {"MUFU", "POPC", "FLO", "BREV"}
 SHUFFLE_OPS = {"SHFL"}
 SHARED_OPS = {"LDS", "STS", "LDSM", "STSM", "ATOMS", "LDGSTS"}
-GLOBAL_OPS = {"LDG", "STG", "LDGSTS", "RED", "ATOMG"}
+GLOBAL_OPS = {"LDG", "STG", "LDGSTS", "RED", "REDG", "ATOMG"}
 # Moves, control, barriers, the uniform datapath (U...) and memory take an issue slot and nothing else counted here.
 ISSUE_ONLY = re.compile(
     r"^(U\w+|MOV|CS2R|S2R|S2UR|R2UR|LDC|LDCU|LDL|STL|NOP|BRA|BRX|EXIT|RET|CALL|BAR|DEPBAR|LDGDEPBAR|SYNCS|FENCE|WARP\w*"
