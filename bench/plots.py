@@ -218,10 +218,11 @@ def roofline(folder, found):
     axes.set_yscale("log")
     for what in dict.fromkeys(p[2] for p in points):
         x, y = max((p[:2] for p in points if p[2] == what), key=lambda p: p[1])
-        axes.annotate(what, (x, y), xytext=(0, 10), textcoords="offset points", ha="center", fontsize=8, color=GREY)
+        side = {"xytext": (-7, 5), "ha": "right"} if what.endswith("fwd") else {"xytext": (8, -3), "ha": "left"}
+        axes.annotate(what, (x, y), textcoords="offset points", fontsize=8, color=GREY, **side)
     axes.set_xlabel("FLOP per byte (least bytes possible)", fontsize=9)
     axes.set_ylabel("FLOP/s", fontsize=9)
-    axes.set_title(f"roofs: copy {copy / 1e9:,.0f} GB/s, {dtype} matmul {matmul / 1e12:,.2f} TFLOP/s", fontsize=9)
+    axes.set_title(f"roofs: copy {copy / 1e9:,.0f} GB/s, {dtype} matmul {matmul / 1e12:,.3g} TFLOP/s", fontsize=9)
     tidy(axes)
     add_legend(figure, list(dict.fromkeys(key[2] for key in best)), lines=False)
     return finish(figure, folder / "roofline.png")

@@ -23,6 +23,8 @@ class DeviceTimer:
 
     def __init__(self, device):
         self.device = torch.device(device)
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)  # events are recorded on the current one
         self.flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
     def repeat(self, step, prepare, times):

@@ -262,10 +262,15 @@ def test_every_default_provider_of_a_cpu_is_known(op):
     assert set(chosen) <= set(providers.known_names(op))
 
 
-def test_a_missing_peer_is_a_line():
+@pytest.mark.parametrize("error", [ImportError, OSError, AttributeError, RuntimeError])
+def test_a_missing_or_broken_peer_is_a_line(error, monkeypatch):
+    def load():
+        raise error("no such thing here\nand a long story")
+
+    monkeypatch.setitem(providers.PEERS["causal_attention"], "flash-attn-3", load)
     found, missing = providers.resolve("causal_attention", ["flash-attn-3", "reference"])
     assert [p.name for p in found] == ["reference"]
-    assert len(missing) == 1 and missing[0].startswith("flash-attn-3: not usable here")
+    assert missing == ["flash-attn-3: not usable here (no such thing here)"]
 
 
 def test_peers_see_tokens_first():
@@ -351,7 +356,7 @@ def test_a_whole_run_from_the_command_line(device, tmp_path, capsys):
         (attention.main, ["--dtype", "fp8"], ["'fp8'", "bf16"]),
         (attention.main, ["--mode", "forward"], ["'forward'", "fwd+bwd"]),
         (attention.main, ["--dropout", "1"], ["--dropout", "below 1"]),
-        (attention.main, ["--against", "no-such-ref"], ["--against no-such-ref"]),
+        (attention.main, ["--against", "no-such-ref"], ["--against", "git"]),
         (attention.main, ["--wat"], ["--wat"]),
         (softmax.main, ["--length", "0"], ["--length"]),
         (softmax.main, ["--op", "sigmoid"], ["'sigmoid'", "causal_softmax"]),

@@ -43,16 +43,17 @@ def test_a_whole_run_from_the_command_line(on, tmp_path, capsys):
     assert facts["complete"] is True and facts["mfu_formula"] == metrics.MFU_FORMULA
 
 
-def attends_to_twice_the_scale(q, k, v, *, scale=None, dropout_p=0.0):
-    return reference.causal_attention(2 * q, k, v, scale=scale)
+def sees_too_much(q, k, v, *, scale=None, dropout_p=0.0):
+    return 100 * reference.causal_attention(q, k, v, scale=scale)
 
 
 def test_other_losses_are_refused_before_the_clock(on, tmp_path, capsys):
-    name = f"{__name__}:attends_to_twice_the_scale"
+    name = f"{__name__}:sees_too_much"
     assert command.run(train.main, [*on, "--attn", f"sdpa,{name}", "--norm", "torch", "--out", str(tmp_path)]) == 0
     sdpa, bad = table.read_csv(tmp_path / "train.csv")
     assert sdpa["status"] == "ok"
     assert bad["status"] == "wrong" and bad["tokens_per_s"] is None
+    assert bad["loss_difference"] > 2 * max(train.TOLERANCE.values())
     assert "losses differ from the reference's" in bad["note"]
     assert "wrong: losses differ" in capsys.readouterr().out
 

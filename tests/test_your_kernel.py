@@ -42,7 +42,8 @@ def test_output_and_gradients(attend, shape, scale, dtype, device):
     ref = forward_and_backward(reference.causal_attention, *(x.double() for x in inputs), scale=scale)
     size = max(x.abs().max().item() for x in inputs)
     for name, tensor in found.items():
-        rounded = size**3 if name in ("dq", "dk") else None  # delta is a sum of rounded out x dout, times k or q
+        # where one key is all there is, dq and dk are 0 = (dp - delta) k, and delta comes from the rounded out x dout
+        rounded = size**3 if shape[2] == 1 and name in ("dq", "dk") else None
         assert_matches(name, tensor, ref[name], eager[name], scale=rounded)
 
 
