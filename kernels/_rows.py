@@ -3,6 +3,8 @@
 A tile is (ROWS, BLOCK_N) elements in fp32. ALIGN is a power of two that divides the row length and every row stride:
 loads and stores are masked in groups of ALIGN columns, so that the compiler may move 16 bytes with one instruction
 also where Triton's own argument specialization (multiples of 16 elements) sees nothing to use.
+
+Sums over rows, of which every program holds a part, are added up by `sum_partials`, always in the same order.
 """
 
 import math
@@ -11,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._runtime import cast
+from kernels import _tuning
+from kernels._runtime import cast, launch
 
 
 def as_rows(x):
@@ -58,3 +61,52 @@ def store_tile(ptr, x, rows, stride, cols, lengths, ALIGN: tl.constexpr):
     """Round a tile to the tensor's dtype and store each row up to its length."""
     mask = column_mask(cols, lengths, ALIGN)
     tl.store(ptr + row_offsets(rows, stride, cols, ALIGN), cast(x, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_partials(partials_ptr, out_ptr, n_partials, n_cols, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """out (n_cols,) = sum of partials (n_partials, n_cols) for this program's columns."""
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    for start in range(0, n_partials, BLOCK_P):
+        partials = start + tl.arange(0, BLOCK_P)
+        mask = (partials < n_partials)[:, None] & (cols < n_cols)[None, :]
+        total += tl.load(partials_ptr + partials[:, None] * n_cols + cols[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + cols, cast(tl.sum(total, axis=0), out_ptr.dtype.element_ty), mask=cols < n_cols)
+
+
+@triton.jit
+def sum_partials_kernel(
+    partials_0_ptr,  # (n_partials, n_cols) fp32
+    partials_1_ptr,  # likewise, for the second row of programs
+    sum_0_ptr,  # (n_cols,)
+    sum_1_ptr,
+    n_partials,
+    n_cols,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    if tl.program_id(1) == 0:
+        add_partials(partials_0_ptr, sum_0_ptr, n_partials, n_cols, BLOCK_P, BLOCK_N)
+    else:
+        add_partials(partials_1_ptr, sum_1_ptr, n_partials, n_cols, BLOCK_P, BLOCK_N)
+
+
+def sum_partials(key, pairs):
+    """For one or two pairs (partials (P, N) in fp32, sum (N,)): sum becomes that of the rows of partials.
+
+    `key`: the tuning tables' key of the architecture.
+    """
+    if not pairs:
+        return
+    partials, sums = zip(*pairs, strict=True)
+    n_partials, n_cols = partials[0].shape
+    block_p, block_n, num_warps = _tuning.PARTIALS_TILE[_tuning.table_arch(key, _tuning.PARTIALS_TILE)]
+    launch(
+        sum_partials_kernel,
+        (triton.cdiv(n_cols, block_n), len(pairs)),
+        *(partials[0], partials[-1], sums[0], sums[-1], n_partials, n_cols),
+        num_warps=num_warps,
+        BLOCK_P=block_p,
+        BLOCK_N=block_n,
+    )

@@ -175,7 +175,7 @@ _NVIDIA_ROWS = {
         ((2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16), (16384, 16384, 32)), (1, 4096, 16)
     ),
     "norm_forward": RowTable(
-        ((256, 4096, 4), (1024, 1024, 2), (2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16), (16384, 16384, 32)),
+        ((256, 2048, 4), (1024, 1024, 2), (2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16), (16384, 16384, 32)),
         (1, 4096, 8),
     ),
     "norm_backward": RowTable(((2048, 2048, 8), (8192, 4096, 16)), (1, 2048, 8)),
@@ -198,6 +198,9 @@ ROWS = {
     "sm_100": _NVIDIA_ROWS,
     "gfx942": _AMD_ROWS,
 }
+
+# Tile in which dw and db are added up: (partial rows, columns, warps); 32 columns are 128 bytes side by side.
+PARTIALS_TILE = dict.fromkeys(ROWS, (64, 32, 4)) | {"interpret": (4, 16384, 4)}
 
 # Shared memory of a multiprocessor, in bytes, that tiles on their way may fill; 0: loads wait for themselves.
 PIPELINE_SHARED = {

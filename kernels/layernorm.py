@@ -17,7 +17,7 @@ Backward, with dh_out the gradient of the second output x + residual:
 
 Forward: one program holds a tile of whole rows, or walks one long row twice in blocks. Backward: a fixed number of
 programs share the tiles of rows in turn; dh is written tile by tile, while a program's share of dw and db stays in
-registers until its last tile and leaves as one row of `partials`. A second kernel adds those rows. No atomics, no
+registers until its last tile and leaves as one row of `partials`, which `sum_partials` adds up. No atomics, no
 locks: on one machine the same input gives the same bits. Rows too long for this (`_tuning`) are split by columns:
 `norm_row_sums_kernel` first finds both means of every row, and then each program keeps the sums of its own columns.
 
@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 
 from kernels import _tuning
-from kernels._rows import alignment, as_rows, load_tile, multiprocessors, store_tile
+from kernels._rows import alignment, as_rows, load_tile, multiprocessors, store_tile, sum_partials
 from kernels._runtime import TL_DTYPES, arch, autocast_dtype, cast, check_tensors, launch, register_op
 
 
@@ -289,38 +289,7 @@ def norm_backward_kernel(
         tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0), mask=cols < n_cols)
 
 
-@triton.jit
-def add_partials(partials_ptr, out_ptr, n_partials, n_cols, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """out (n_cols,) = sum of partials (n_partials, n_cols) for this program's columns."""
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    for start in range(0, n_partials, BLOCK_P):
-        partials = start + tl.arange(0, BLOCK_P)
-        mask = (partials < n_partials)[:, None] & (cols < n_cols)[None, :]
-        total += tl.load(partials_ptr + partials[:, None] * n_cols + cols[None, :], mask=mask, other=0.0)
-    tl.store(out_ptr + cols, cast(tl.sum(total, axis=0), out_ptr.dtype.element_ty), mask=cols < n_cols)
-
-
-@triton.jit
-def norm_partials_kernel(
-    dweight_partials_ptr,  # (n_partials, n_cols) fp32, or None
-    dbias_partials_ptr,  # likewise
-    dweight_ptr,  # (n_cols,)
-    dbias_ptr,  # (n_cols,)
-    n_partials,
-    n_cols,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    if dweight_ptr is not None and tl.program_id(1) == 0:
-        add_partials(dweight_partials_ptr, dweight_ptr, n_partials, n_cols, BLOCK_P, BLOCK_N)
-    if dbias_ptr is not None and tl.program_id(1) == tl.num_programs(1) - 1:
-        add_partials(dbias_partials_ptr, dbias_ptr, n_partials, n_cols, BLOCK_P, BLOCK_N)
-
-
 # ---- launchers -------------------------------------------------------------------------------------------------------
-
-PARTIALS_TILE = (64, 32, 4)  # partial rows x columns, warps: 128 bytes of fp32 side by side
 
 
 def norm_forward(x, residual, weight, bias, eps, rms, dtype):
@@ -335,12 +304,11 @@ def norm_forward(x, residual, weight, bias, eps, rms, dtype):
         return y, h, stats
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     inputs = [None if t is None else as_rows(t) for t in (x, residual)]
-    strides = [0 if t is None else t.stride(0) for t in inputs]
     tile = _tuning.row_tile(arch(x.device), "norm_forward", n_cols)
     launch(
         norm_forward_kernel if tile.holds_row else norm_forward_blocks_kernel,
         (triton.cdiv(n_rows, tile.rows),),
-        *(*inputs, weight, bias, y, None if residual is None else h, stats, *strides, n_rows, n_cols, eps),
+        *(*inputs, weight, bias, y, None if residual is None else h, stats, *_row_strides(inputs), n_rows, n_cols, eps),
         num_warps=tile.num_warps,
         RMS=rms,
         H_DTYPE=TL_DTYPES[h.dtype],
@@ -356,58 +324,61 @@ def norm_backward(dy, dh_out, h, stats, weight, rms, dweight_dtype, dbias_dtype)
     where that is None)."""
     n_cols = h.shape[-1]
     dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    wanted = [dtype is not None for dtype in (dweight_dtype, dbias_dtype)]
-    sums = [
-        torch.empty(n_cols if d else 0, dtype=d or torch.float32, device=h.device) for d in (dweight_dtype, dbias_dtype)
-    ]
+    dweight, dbias = (_sums_like(h, dtype) for dtype in (dweight_dtype, dbias_dtype))
     if h.numel() == 0:
-        return dh, *(t.zero_() for t in sums)
+        return dh, dweight.zero_(), dbias.zero_()
     weight = None if weight is None else weight.contiguous()
     grads = [None if t is None else as_rows(t) for t in (dy, dh_out, h)]
-    strides = [0 if t is None else t.stride(0) for t in grads]
-    align = alignment(*(t for t in grads if t is not None))
-    n_rows = h.numel() // n_cols
+    n_rows = grads[0].shape[0]
     key = arch(h.device)
     tile = _tuning.row_tile(key, "norm_backward", n_cols)
-    means = None
-    if not tile.holds_row:
-        means = torch.empty((2, n_rows), dtype=torch.float32, device=h.device)
-        launch(
-            norm_row_sums_kernel,
-            (triton.cdiv(n_rows, tile.rows),),
-            *(grads[0], grads[2], weight, stats, means, strides[0], strides[2], n_rows, n_cols),
-            num_warps=tile.num_warps,
-            RMS=rms,
-            ALIGN=align,
-            ROWS=tile.rows,
-            BLOCK_N=tile.block_n,
-        )
     column_blocks = triton.cdiv(n_cols, tile.block_n)
     programs = triton.cdiv(multiprocessors(h.device) * _tuning.persistent_programs(tile), column_blocks)
     programs = min(programs, triton.cdiv(n_rows, tile.rows))
-    partials = [h.new_empty((programs, n_cols), dtype=torch.float32) if want else None for want in wanted]
+    partials = [
+        None if dtype is None else torch.empty((programs, n_cols), dtype=torch.float32, device=h.device)
+        for dtype in (dweight_dtype, dbias_dtype)
+    ]
+    means = None if tile.holds_row else _row_means(grads[0], grads[2], weight, stats, rms, tile)
     launch(
         norm_backward_kernel,
         (programs, column_blocks),
-        *(*grads, weight, stats, means, dh, *partials, *strides, n_rows, n_cols),
+        *(*grads, weight, stats, means, dh, *partials, *_row_strides(grads), n_rows, n_cols),
         num_warps=tile.num_warps,
         RMS=rms,
-        ALIGN=align,
+        ALIGN=alignment(*(t for t in grads if t is not None)),
         ROWS=tile.rows,
         BLOCK_N=tile.block_n,
         STAGES=_tuning.pipeline_stages(key, tile, sum(t.element_size() for t in grads if t is not None)),
     )
-    if any(wanted):
-        block_p, block_n, num_warps = PARTIALS_TILE
-        launch(
-            norm_partials_kernel,
-            (triton.cdiv(n_cols, block_n), sum(wanted)),
-            *(*partials, *(t if want else None for t, want in zip(sums, wanted, strict=True)), programs, n_cols),
-            num_warps=num_warps,
-            BLOCK_P=block_p,
-            BLOCK_N=block_n,
-        )
-    return dh, *sums
+    sum_partials(key, [(p, out) for p, out in zip(partials, (dweight, dbias), strict=True) if p is not None])
+    return dh, dweight, dbias
+
+
+def _row_means(dy, h, weight, stats, rms, tile):
+    """mean(g * xhat) and mean(g) of every row, (2, rows)."""
+    n_rows, n_cols = h.shape
+    means = torch.empty((2, n_rows), dtype=torch.float32, device=h.device)
+    launch(
+        norm_row_sums_kernel,
+        (triton.cdiv(n_rows, tile.rows),),
+        *(dy, h, weight, stats, means, *_row_strides((dy, h)), n_rows, n_cols),
+        num_warps=tile.num_warps,
+        RMS=rms,
+        ALIGN=alignment(dy, h),
+        ROWS=tile.rows,
+        BLOCK_N=tile.block_n,
+    )
+    return means
+
+
+def _row_strides(matrices):
+    return [0 if m is None else m.stride(0) for m in matrices]
+
+
+def _sums_like(h, dtype):
+    """(N,) for the sum of rows like h's, or no elements where it is not wanted."""
+    return torch.empty(0 if dtype is None else h.shape[-1], dtype=dtype or torch.float32, device=h.device)
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------
@@ -425,9 +396,8 @@ def _forward_fake(x, residual, weight, bias, eps, rms, dtype):
 
 
 def _backward_fake(dy, dh_out, h, stats, weight, rms, dweight_dtype, dbias_dtype):
-    dtypes = (dweight_dtype, dbias_dtype)
-    sums = [torch.empty(h.shape[-1] if d else 0, dtype=d or torch.float32, device=h.device) for d in dtypes]
-    return torch.empty(h.shape, dtype=h.dtype, device=h.device), *sums
+    dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    return dh, _sums_like(h, dweight_dtype), _sums_like(h, dbias_dtype)
 
 
 def _setup_context(ctx, inputs, output):
