@@ -75,8 +75,9 @@ class Attention(harness.KernelBench):
         return {**case, "batch": 1, "heads": min(4, case["heads"]), "seq": seq, "dropout": 0.0}
 
     def compile_case(self, case):
-        call = partial(compile_cases.attention, "bfloat16", case["head_dim"], dropout_p=case["dropout"])
-        return Case(f"attention-d{case['head_dim']}", call, {})
+        shape = "bfloat16", case["head_dim"], case["dropout"]
+        call = partial(compile_cases.launch, compile_cases.prepare_attention, *shape)
+        return Case(f"attention-d{case['head_dim']}", call)
 
 
 def rate(text):

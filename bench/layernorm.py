@@ -39,7 +39,8 @@ class LayerNorm(RowBench):
 
     def compile_case(self, case):
         kind = case["op"].replace("_", "-")
-        return Case(f"{kind}-n{case['length']}", partial(compile_cases.norm, "bfloat16", case["length"], kind), {})
+        call = partial(compile_cases.launch, compile_cases.prepare_norm, "bfloat16", case["length"], kind)
+        return Case(f"{kind}-n{case['length']}", call)
 
     def flops(self, case, mode):
         return sum(FLOPS_PER_ELEMENT[m] for m in mode.split("+")) * case["rows"] * case["length"]

@@ -49,10 +49,9 @@ class Softmax(RowBench):
         return checked if case["op"] == "softmax" else {**checked, "rows": checked["length"]}
 
     def compile_case(self, case):
-        causal = case["op"] == "causal_softmax"
-        return Case(
-            f"{case['op']}-n{case['length']}", partial(compile_cases.softmax, "bfloat16", case["length"], causal), {}
-        )
+        shape = "bfloat16", case["length"], case["op"] == "causal_softmax"
+        call = partial(compile_cases.launch, compile_cases.prepare_softmax, *shape)
+        return Case(f"{case['op']}-n{case['length']}", call)
 
     def flops(self, case, mode):
         return sum(FLOPS_PER_ELEMENT[m] for m in mode.split("+")) * case["rows"] * self.seen(case)

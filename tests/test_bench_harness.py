@@ -6,7 +6,20 @@ import json
 import pytest
 import torch
 
-from bench import attention, command, environment, gate, harness, layernorm, output, providers, softmax, table, timing
+from bench import (
+    attention,
+    command,
+    compiled,
+    environment,
+    gate,
+    harness,
+    layernorm,
+    output,
+    providers,
+    softmax,
+    table,
+    timing,
+)
 from gptlib import reference
 from gptlib.errors import UserError
 
@@ -325,6 +338,22 @@ def test_folder_and_command_name_no_machine(monkeypatch):
     assert environment.results_folder("cuda") == environment.ROOT / "results" / "h100-80gb-hbm3"
     monkeypatch.setattr("sys.argv", [str(environment.ROOT / "bench" / "attention.py"), "--seq", "8"])
     assert environment.command_line() == "python bench/attention.py --seq 8"
+
+
+def test_every_op_can_be_compiled_for_a_gpu_that_is_not_here():
+    rows = {"dtype": "fp32", "rows": 64, "length": 64}
+    cases = [attention.Attention().compile_case({**ATTENTION, "head_dim": 64, "dropout": 0.1})]
+    cases += [softmax.Softmax().compile_case({**rows, "op": op}) for op in softmax.OPS]
+    cases += [layernorm.LayerNorm().compile_case({**rows, "op": op}) for op in layernorm.OPS]
+    with compiled.Workers(1) as pool:
+        jobs = pool.list_jobs(cases, ["sm_90"])
+    kernels = {case.name: {job.kernel for job in jobs if job.case == case.name} for case in cases}
+    assert list(kernels) == [
+        *("attention-d64", "softmax-n64", "causal_softmax-n64"),
+        *("layer-norm-n64", "add-layer-norm-n64", "rms-norm-n64"),
+    ]
+    assert {"attention_forward_kernel", "dkdv_kernel", "dq_kernel"} <= kernels["attention-d64"]
+    assert all(len(names) >= 2 for names in kernels.values())
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
