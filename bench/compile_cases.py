@@ -29,6 +29,7 @@ ROW_LENGTHS = (48, 768, 1023, 2048, 4096, 8192, 16384, 32768, 50257, 131072)
 
 TMA = ("tensor", "tma_load", "tma_store")
 ATTENTION_EXPECTS = {"attention_forward_kernel": TMA, "dkdv_kernel": TMA, "dq_kernel": TMA}
+PRODUCTS = {"attention_forward_kernel": 2, "dkdv_kernel": 4, "dq_kernel": 3}  # per block of queries and keys
 POINTER_EXPECTS = dict.fromkeys(ATTENTION_EXPECTS, ("tensor",))
 TF32_EXPECTS = dict.fromkeys(ATTENTION_EXPECTS, ("mma",))
 
@@ -76,7 +77,7 @@ def attention_cases():
     def add(dtype, head_dim, feature, expects, **arguments):
         call = partial(launch, prepare_attention, DTYPES[dtype], head_dim, **FEATURES.get(feature, {}), **arguments)
         core = (feature == "plain" and dtype != "fp16") or (dtype == "bf16" and head_dim in (64, 128))
-        found.append(Case(f"attention-{dtype}-d{head_dim}-{feature}", call, expects, core))
+        found.append(Case(f"attention-{dtype}-d{head_dim}-{feature}", call, expects, PRODUCTS, core))
 
     for head_dim in sorted(HEAD_DIMS, key=lambda d: d not in (64, 128)):
         for feature in FEATURES:
@@ -217,7 +218,7 @@ def prepare_norm(dtype, n, kind, affine=True, parameters=None, device="meta"):
 
 def _row_case(kind, dtype, n, call, family):
     core = dtype == "bf16" or (dtype == "fp32" and kind == "add-layer-norm")  # the widest tiles of most operands
-    return Case(f"{kind}-{dtype}-n{n}", call, _wide(family, n), core)
+    return Case(f"{kind}-{dtype}-n{n}", call, _wide(family, n), core=core)
 
 
 def _wide(family, n):

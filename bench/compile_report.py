@@ -28,14 +28,14 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 COLUMNS = [
     *("arch", "case", "kernel", "types", "config", "num_warps", "num_stages", "registers", "spill_bytes", "shared"),
     *("programs_per_sm", *compiled.INSTRUCTIONS, *(f"cycles_{part}" for part in sass.PARTS)),
-    *("bound", "peak", "peak_share", "serial_share", "loop", "missing", "status"),
+    *("bound", "peak", "peak_share", "serial_share", "redundancy", "loop", "missing", "status"),
 ]
 # Headings on the screen and the columns under them.
 SHOWN = dict.fromkeys(("arch", "case", "kernel", "tile"))
 SHOWN |= {"warps": "num_warps", "stages": "num_stages", "regs": "registers", "spill": "spill_bytes", "smem B": "shared"}
 SHOWN |= {"progs": "programs_per_sm", "matmul": None, "TMA": "tma", "MUFU op": "MUFU"}
 SHOWN |= {part: f"cycles_{part}" for part in sass.PARTS}
-SHOWN |= {"bound": None, "share": "peak_share", "serial": "serial_share", "status": None}
+SHOWN |= {"bound": None, "share": "peak_share", "serial": "serial_share", "redundant": "redundancy", "status": None}
 TILE_SIZES = ("ROWS", "BLOCK_P", "BLOCK_Q", "BLOCK_K", "BLOCK_M", "BLOCK_N")
 
 
@@ -143,6 +143,7 @@ def main(argv=None):
     p.add_argument("--jobs", type=command.positive, metavar="N", help="processes; default: one per core")
     p.add_argument("--out", default="runs/bench/compiled", metavar="DIR", help="where the CSV and JSON go")
     p.add_argument("--publish", action="store_true", help="also replace results/compiled/<arch>/")
+    p.add_argument("--lower-ceilings", action="store_true", help=f"bring {compiled.CEILINGS.name} down to this run")
     p.add_argument("--commit", help="commit id to record, for a checkout without git")
     args = p.parse_args(argv)
     if args.publish and (args.kernel or args.config or args.core):
@@ -154,6 +155,8 @@ def main(argv=None):
     save(rows, args.out, facts)
     if args.publish:
         save(rows, environment.ROOT / "results" / "compiled", facts)
+    if args.lower_ceilings:
+        table.write_json(compiled.CEILINGS, compiled.lowered(compiled.load_ceilings(), rows))
     print(summary(rows))
 
 

@@ -9,6 +9,7 @@ never saw Triton's interpreter: `Workers` keeps such processes and survives comp
 import contextlib
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from bench import sass
 
+LENIENT = re.compile(r"(attention|decode)-(fp32-|\w+-d256-)")  # cases that may spill, within their ceilings
 CEILINGS = Path(__file__).with_name("compile_ceilings.json")
 TIMEOUT_S = 600  # ptxas is quick or, on a kernel that spills kilobytes, very slow
 
@@ -67,6 +69,7 @@ class Case:
     name: str
     call: Callable[[], object]
     expects: dict = field(default_factory=dict, hash=False)  # {kernel: what its code must contain, see SPELLINGS}
+    products: dict = field(default_factory=dict, hash=False)  # {kernel: matrix products of its tile per iteration}
     core: bool = True  # part of the smaller set that the long tests and the version matrix compile
 
 
@@ -84,13 +87,28 @@ class Job:
     num_warps: int
     num_stages: int
     expects: tuple = ()
+    products: int = 0
+
+    @property
+    def sizes(self):
+        """{name of a constexpr: value}"""
+        names = list(self.signature)
+        return {names[path[0]]: value for path, value in self.constexprs.items() if len(path) == 1}
+
+    @property
+    def tile_flops(self):
+        """FLOP of the matrix products that one iteration of the kernel's loop is for; 0 where the case does not say."""
+        sizes = self.sizes
+        return (
+            self.products * 2 * math.prod(sizes[name] for name in ("BLOCK_Q", "BLOCK_K", "BLOCK_D"))
+            if self.products
+            else 0
+        )
 
     @property
     def config(self):
         """The constexprs that are capital letters, as text: "BLOCK_Q=128 BLOCK_K=64 ..."."""
-        names = list(self.signature)
-        values = {names[path[0]]: value for path, value in self.constexprs.items() if len(path) == 1}
-        return " ".join(f"{name}={value}" for name, value in values.items() if name.isupper())
+        return " ".join(f"{name}={value}" for name, value in self.sizes.items() if name.isupper())
 
     @property
     def types(self):
@@ -155,7 +173,9 @@ def specialize(case, arch, kernel, args, constexprs, num_warps, num_stages):
     _, signature, constants, attributes = kernel._pack_args(backend, options, bound_args, specialization, options)
     expects = tuple(SPELLINGS[word][arch] for word in case.expects.get(kernel.__name__, ()) if arch in SPELLINGS[word])
     names = case.name, kernel.module, kernel.__name__
-    return Job(arch, *names, signature, constants, attributes, num_warps, num_stages, expects)
+    return Job(
+        arch, *names, signature, constants, attributes, num_warps, num_stages, expects, case.products.get(names[2], 0)
+    )
 
 
 # ---- in a worker: compile and look -----------------------------------------------------------------------------------
@@ -197,15 +217,16 @@ def _facts(job, compiled):
     if job.arch.startswith("gfx"):
         facts |= amd_facts(compiled.asm["amdgcn"])
     else:
-        facts |= nvidia_facts(compiled.asm["cubin"], compiled.asm["ptx"], job.arch, warps)
+        facts |= nvidia_facts(compiled.asm["cubin"], compiled.asm["ptx"], job.arch, warps, job.tile_flops)
     facts["programs_per_sm"] = programs_per_sm(
         job.arch, facts["registers"], warps, facts["shared"], getattr(compiled.metadata, "tmem_size", 0)
     )
     return facts
 
 
-def nvidia_facts(cubin, ptx, arch, num_warps):
-    """Registers, stack and instruction counts of a cubin; for sm_80 and sm_90 the bound of its hottest loop too."""
+def nvidia_facts(cubin, ptx, arch, num_warps, tile_flops=0):
+    """Registers, stack and instruction counts of a cubin; for sm_80 and sm_90 the bound of its hottest loop too. Of the
+    tensor cores' work only `tile_flops`, if given, count as useful."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -226,7 +247,9 @@ def nvidia_facts(cubin, ptx, arch, num_warps):
         limit = sass.bound(blocks, arch, num_warps)
         facts |= {f"cycles_{part}": round(value) for part, value in limit.cycles.items()}
         facts |= {"loop": limit.is_loop, "bound": limit.limit, "peak": limit.peak}
-        facts |= {"peak_share": round(limit.share, 3), "serial_share": round(limit.serial_share, 3)}
+        redundancy = limit.flops / tile_flops if tile_flops else 1.0
+        shares = {"peak_share": limit.share / redundancy, "serial_share": limit.serial_share / redundancy}
+        facts |= {name: round(value, 3) for name, value in (shares | {"redundancy": redundancy}).items()}
     return facts
 
 
@@ -274,13 +297,27 @@ def load_ceilings():
     return json.loads(CEILINGS.read_text())
 
 
+def lowered(ceilings, rows):
+    """`ceilings` with those that `rows` stay below brought down to what they spill, and gone where that is nothing."""
+    result = {arch: dict(names) for arch, names in ceilings.items()}
+    most = {}
+    for row in rows:
+        if row["status"] == "ok":
+            name = row["arch"], f"{row['case']} {row['kernel']}"
+            most[name] = max(most.get(name, 0), row["spill_bytes"])
+    for (arch, name), spill in most.items():
+        if result.get(arch, {}).get(name, 0) > spill:
+            result[arch][name] = spill
+    return {arch: {name: n for name, n in names.items() if n} for arch, names in result.items()}
+
+
 def spill_ceiling(row, ceilings):
     return ceilings.get(row["arch"], {}).get(f"{row['case']} {row['kernel']}", 0)
 
 
 def faults(row, ceilings=None):
     """What keeps a row from being shipped, in words: none if it compiles, spills no more than its ceiling allows, uses
-    the instructions that its case expects, and fits the architecture's shared memory."""
+    the instructions that its case expects, multiplies nothing twice, and fits the architecture's shared memory."""
     if row["status"] != "ok":
         return [row["status"]]
     ceiling = spill_ceiling(row, load_ceilings() if ceilings is None else ceilings)
@@ -289,6 +326,8 @@ def faults(row, ceilings=None):
         found.append(f"spills {row['spill_bytes']} bytes per thread, at most {ceiling} allowed")
     if row["missing"]:
         found.append(f"lacks {row['missing']}")
+    if (row.get("redundancy") or 1.0) > 1.01 and not LENIENT.match(row["case"]):
+        found.append(f"does {row['redundancy']:.2g} times the matrix work of its tile")
     if row["programs_per_sm"] == 0:
         most = LIMITS[row["arch"]].shared_per_program
         found.append(f"asks for {row['shared']} bytes of shared memory, {row['arch']} has {most}")

@@ -33,7 +33,9 @@ instructions, which runs more often. With no tensor-core work it is the loop tha
 all the kernel itself is the one iteration. What a matmul loop loads is asked of L2, where other programs' loads have
 put it; what other kernels load and store, of the device memory. HGMMA operands taken from shared memory count as its
 bytes. The machine code does not say how many bytes a TMA load brings, but the PTX it was assembled from does, at the
-barrier that waits for it. All warps of a program are taken to run the loop: there is no warp specialization here.
+barrier that waits for it. Work that a tile's shape makes warps do twice (mma.sync with fewer than 16 rows a warp, wgmma
+with fewer than 64 a group) is found by comparing the matrix FLOP of the loop with those that the tile needs: the share
+counts only the latter. All warps of a program are taken to run the loop: there is no warp specialization here.
 """
 
 import re
@@ -64,6 +66,7 @@ RATES = {
     "sm_90": Rates(tensor=4096, mma_sync=0.62, fp32=128, half2=128, bf16x2=128, l2=38.8, memory=13.9),
 }
 
+MATRIX_OPS = {"HMMA", "HGMMA"}
 FP32_OPS = {"FFMA", "FADD", "FMUL", "FFMA32I", "FADD32I", "FMUL32I"}
 HALF_OPS = {"HFMA2", "HADD2", "HMUL2", "HFMA2.MMA"}
 MUFU_OPS = {"MUFU", "POPC", "FLO", "BREV"}
@@ -298,7 +301,7 @@ def cycles(instructions, arch, num_warps):
         op = instruction.op
         demand["issue"] += 1 / rates.issue
         demand["l2"] += instruction.tma_bytes / rates.l2 / num_warps  # once per program
-        if op in ("HMMA", "HGMMA"):
+        if op in MATRIX_OPS:
             demand["tensor"] += _mma_flops(instruction) / _mma_rate(instruction, rates)
             demand["shared"] += _mma_shared_bytes(instruction) / rates.shared
         elif op in FP32_OPS:
@@ -372,6 +375,7 @@ class Bound:
     peak: str  # "tensor" or "memory": whose peak `share` speaks of
     share: float  # of that peak, all parts overlapped
     serial_share: float  # of that peak, if matmuls or memory and arithmetic take turns
+    flops: float  # that the tensor cores do in an iteration, wanted or not
     is_loop: bool
 
 
@@ -387,4 +391,5 @@ def bound(blocks, arch, num_warps):
     largest = parts[limit]
     share = parts[peak] / largest if largest else 0.0
     serial = parts[peak] / (parts[peak] + rest) if largest else 0.0
-    return Bound(parts, limit, peak, share, serial, loop.is_loop)
+    flops = num_warps * sum(_mma_flops(i) for i in loop.instructions if i.op in MATRIX_OPS)
+    return Bound(parts, limit, peak, share, serial, flops, loop.is_loop)

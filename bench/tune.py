@@ -41,6 +41,7 @@ class Point:
     size: int
     prepare: partial  # of compile_cases: makes the inputs, on the meta device or on `device=`, and returns the call
     expects: tuple = ()
+    products: tuple = ()
 
 
 def attention_candidates(arch):
@@ -67,7 +68,7 @@ def admit(point, candidates, arch, pool):
     """Candidates that the compile report admits, the best bound first."""
     call = partial(compile_cases.launch, point.prepare)
     calls = [partial(compile_cases.with_tile, point.kernel, tile, call) for tile in candidates]
-    cases = [compiled.Case(str(i), call, dict(point.expects)) for i, call in enumerate(calls)]
+    cases = [compiled.Case(str(i), call, dict(point.expects), dict(point.products)) for i, call in enumerate(calls)]
     jobs = [job for job in pool.list_jobs(cases, [arch]) if _belongs(job.kernel, point.kernel)]
     share, faulty = {}, set()
     for row in tqdm(pool.compile(jobs), total=len(jobs), desc=f"compile {point.kernel} {point.size}", disable=None):
@@ -138,7 +139,8 @@ def points(args):
             for head_dim in args.head_dim:
                 call = partial(compile_cases.prepare_attention, dtype, head_dim, args.dropout)
                 expects = compile_cases.ATTENTION_EXPECTS if args.dtype != "fp32" else {}
-                found.append(Point(kernel, head_dim, call, tuple(expects.items())))
+                products = compile_cases.PRODUCTS
+                found.append(Point(kernel, head_dim, call, tuple(expects.items()), tuple(products.items())))
         else:
             for n in args.length:
                 norm = partial(compile_cases.prepare_norm, dtype, n, "add-layer-norm")

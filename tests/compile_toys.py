@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bench import compile_cases
 from bench.compiled import Case
+from kernels import _tuning
 from kernels._runtime import launch
 
 
@@ -62,6 +64,14 @@ ODD_SOFTMAX = Case("odd-softmax", partial(call_softmax, 1001), {"softmax_kernel"
 SPILLING = Case("spilling", partial(call_softmax, 8192, num_warps=1))
 BROKEN = Case("broken", call_broken)
 ALL = [MATMUL, SMALL_MATMUL, SOFTMAX, ODD_SOFTMAX, SPILLING, BROKEN]
+
+
+def call_with_tile(kernel, tile):
+    """Attention at head dimension 64 with a tile of our choice."""
+    tile = _tuning.Tile(*tile)
+    compile_cases.with_tile(
+        kernel, tile, partial(compile_cases.launch, compile_cases.prepare_attention, "bfloat16", 64)
+    )
 
 
 def die():

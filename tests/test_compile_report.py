@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from functools import partial
 
 import pytest
 
@@ -81,7 +82,8 @@ def test_matmul_uses_the_matrix_unit_of_its_architecture(toy_rows, arch, instruc
 def test_bound_of_the_matmul_loop_is_what_its_size_demands(toy_rows):
     row = toy_rows["matmul", "sm_90"]
     assert row["loop"] and row["cycles_tensor"] == 2 * 128 * 128 * 64 / 4096
-    assert (row["bound"], row["peak"], row["peak_share"]) == ("tensor", "tensor", 1.0)
+    assert row["cycles_l2"] == round(2 * 128 * 64 * 2 / 38.8)  # what the two barriers of an iteration wait for
+    assert (row["bound"], row["peak"], row["peak_share"]) == ("l2", "tensor", 0.606)
     assert toy_rows["matmul", "sm_80"]["cycles_tensor"] == 2 * 128 * 128 * 64 / 2048
 
 
@@ -100,8 +102,20 @@ def test_faults_are_found(toy_rows):
     assert faults(toy_rows["odd-softmax", "sm_90"]) == ["lacks LDG.128"]
     (broken,) = faults(toy_rows["broken", "sm_90"])
     assert broken.startswith("CompilationError") and "8 and 16" in broken
+    twice = toy_rows["matmul", "sm_90"] | {"redundancy": 2.0}
+    assert faults(twice) == ["does 2 times the matrix work of its tile"]
+    assert faults(twice | {"case": "attention-bf16-d256-plain"}) == [], "this may, as it may spill"
     greedy = toy_rows["matmul", "sm_90"] | {"shared": 300_000, "programs_per_sm": 0}
     assert faults(greedy) == ["asks for 300000 bytes of shared memory, sm_90 has 232448"]
+
+
+def test_ceilings_only_fall():
+    ceilings = {"sm_90": {"a k_kernel": 64, "b k_kernel": 8, "c k_kernel": 16, "gone k_kernel": 4}}
+    row = {"arch": "sm_90", "kernel": "k_kernel", "status": "ok"}
+    spills = [("a", 40), ("a", 48), ("b", 800), ("c", 0), ("new", 24)]
+    rows = [row | {"case": case, "spill_bytes": spill} for case, spill in spills]
+    rows.append({"arch": "sm_90", "case": "b", "kernel": "k_kernel", "status": "crashed"})
+    assert compiled.lowered(ceilings, rows) == {"sm_90": {"a k_kernel": 48, "b k_kernel": 8, "gone k_kernel": 4}}
 
 
 @pytest.mark.parametrize(
@@ -137,6 +151,20 @@ def test_amd_metadata():
 """
     facts = compiled.amd_facts(assembly)
     assert facts == {"registers": 512, "spill_bytes": 332, "instructions": {"MFMA": 1, "MUFU": 1}}
+
+
+def test_work_done_twice_does_not_count(pool):
+    """mma.sync takes 16 rows a warp: eight warps of a chained product on 64 rows repeat each other."""
+    tiles = {"good": (64, 64, 4, 2), "twice": (64, 64, 8, 2)}
+    cases = [
+        compiled.Case(name, partial(toys.call_with_tile, "dq", tile), products={"dq_kernel": 3})
+        for name, tile in tiles.items()
+    ]
+    jobs = [job for job in pool.list_jobs(cases, ["sm_80"]) if job.kernel == "dq_kernel"]
+    rows = {row["case"]: row for row in pool.compile(jobs)}
+    assert rows["good"]["redundancy"] == 1.0 and rows["twice"]["redundancy"] == 2.0
+    assert rows["twice"]["peak_share"] <= 0.5
+    assert faults(rows["twice"], {}) == ["does 2 times the matrix work of its tile"]
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

@@ -38,11 +38,16 @@ def report_faults(rows):
 
 
 @pytest.fixture(scope="module")
-def sample_rows(tmp_path_factory):
+def pool(tmp_path_factory):
+    with compiled.Workers(1, cache=tmp_path_factory.mktemp("triton")) as workers:
+        yield workers
+
+
+@pytest.fixture(scope="module")
+def sample_rows(pool):
     cases = [compile_cases.named(name) for name in dict.fromkeys(case for _, case, _ in SAMPLE)]
-    with compiled.Workers(1, cache=tmp_path_factory.mktemp("triton")) as pool:
-        jobs = pool.list_jobs(cases, dict.fromkeys(arch for arch, _, _ in SAMPLE))
-        return list(pool.compile([job for job in jobs if (job.arch, job.case, job.kernel) in SAMPLE]))
+    jobs = pool.list_jobs(cases, dict.fromkeys(arch for arch, _, _ in SAMPLE))
+    return list(pool.compile([job for job in jobs if (job.arch, job.case, job.kernel) in SAMPLE]))
 
 
 def test_sample_has_no_faults(sample_rows):
@@ -77,22 +82,17 @@ def test_case_names_are_unique():
     assert len(names) == len(set(names))
 
 
-def test_every_kernel_has_a_case(tmp_path_factory):
-    """Every function of kernels/ that ends in _kernel is launched by some case, on some architecture."""
-    source = Path(__file__).parents[1] / "kernels"
-    defined = {
-        name
-        for path in source.rglob("*.py")
-        for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
-    }
-    with compiled.Workers(1) as pool:
-        launched = {job.kernel for job in pool.list_jobs(compile_cases.cases(), ["sm_90"])}
-    assert defined == launched
+def test_every_kernel_has_a_case(pool):
+    """Every function of kernels/ that ends in _kernel is launched by some case."""
+    sources = (Path(__file__).parents[1] / "kernels").rglob("*.py")
+    found = (re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE) for path in sources)
+    launched = {job.kernel for job in pool.list_jobs(compile_cases.cases(), ["sm_90"])}
+    assert {name for names in found for name in names} == launched
 
 
 def test_only_fp32_attention_and_head_dimension_256_may_have_a_ceiling():
     for arch, ceilings in compiled.load_ceilings().items():
         assert arch in compiled.LIMITS
         for name, spill in ceilings.items():
-            assert re.match(r"(attention|decode)-(fp32-d\d+|\w+-d256)-\w+ \w+_kernel$", name), name
+            assert compiled.LENIENT.match(name), name
             assert spill > 0, f"{name} spills nothing: delete its ceiling"
