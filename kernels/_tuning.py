@@ -35,13 +35,13 @@ class Tile(NamedTuple):
 
 def attention_tile(kernel, arch, head_dim, dtype_bytes, dropout=False, descriptors=True):
     """Tile of `kernel` ("forward", "dkdv", "dq", "decode") for a head dimension of 8 to 256 in 2- or 4-byte floats.
-    Without `descriptors`, for strides that no tensor map can take, every NVIDIA GPU uses the rows of sm_80: pointers
-    need registers that the others have spent."""
+    Without `descriptors`, for strides that no tensor map can take, architectures that would use them have rows of their
+    own: pointers need registers that the others have spent."""
     if arch == "interpret":
         return INTERPRET._replace(use_tma=descriptors)
     tables = ATTENTION[f"{kernel} with dropout" if dropout else kernel]
     key = "fp32" if dtype_bytes == 4 else table_arch(arch, tables)
-    row = tables["sm_80" if tables[key][0].use_tma and not descriptors else key]
+    row = tables["pointers" if tables[key][0].use_tma and not descriptors else key]
     return row[next(i for i, longest in enumerate(HEAD_DIMS) if head_dim <= longest)]
 
 
@@ -64,57 +64,64 @@ INTERPRET = Tile(128, 128, 4, 1, use_tma=True)
 ATTENTION = {
     "forward": {
         "fp32": _pointers((16, 32, 4, 2), (32, 32, 8, 1), (16, 32, 8, 1)),
-        "sm_80": _pointers((128, 64, 4, 3, True), (128, 64, 8, 2, True), (64, 64, 8, 2)),
+        "sm_80": _pointers((128, 64, 4, 3, True), (128, 64, 8, 2, True), (64, 32, 4, 2, True)),
         "sm_86": _pointers((128, 64, 4, 3, True), (128, 64, 8, 3, True), (64, 32, 8, 2)),
         "sm_90": _tma((128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
+        "pointers": _pointers((128, 64, 4, 3, True), (128, 64, 8, 3), (64, 64, 8, 2)),
         "sm_100": _tma((128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
-        "gfx942": _pointers((128, 64, 4, 1), (128, 64, 4, 1), (64, 32, 4, 1)),
+        "gfx942": _pointers((128, 64, 4, 1), (128, 64, 8, 1), (64, 32, 8, 1)),
     },
     "forward with dropout": {
         "fp32": _pointers((16, 32, 4, 2), (32, 32, 8, 1), (16, 32, 8, 1)),
-        "sm_80": _pointers((128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 8, 2)),
+        "sm_80": _pointers((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 2, True)),
         "sm_86": _pointers((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
         "sm_90": _tma((128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
+        "pointers": _pointers((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
         "sm_100": _tma((128, 64, 4, 3), (128, 128, 8, 2, True), (128, 64, 8, 2, True)),
-        "gfx942": _pointers((128, 64, 4, 1), (128, 64, 4, 1), (64, 32, 4, 1)),
+        "gfx942": _pointers((128, 64, 4, 1), (128, 64, 8, 1, True), (64, 32, 8, 1)),
     },
     "dkdv": {
         "fp32": _pointers((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
-        "sm_80": _pointers((64, 64, 8, 2, True), (64, 64, 8, 2, True), (32, 64, 8, 1)),
-        "sm_86": _pointers((64, 64, 8, 2, True), (64, 64, 8, 2), (16, 64, 8, 1)),
+        "sm_80": _pointers((32, 128, 8, 2), (16, 128, 8, 2), (32, 64, 8, 1)),
+        "sm_86": _pointers((32, 128, 8, 2), (16, 128, 8, 2), (16, 64, 8, 1)),
         "sm_90": _tma((64, 64, 4, 2), (64, 128, 8, 2, True), (32, 64, 8, 1, True)),
+        "pointers": _pointers((64, 128, 8, 2), (64, 64, 8, 2, True), (32, 64, 8, 1, True)),
         "sm_100": _tma((64, 128, 8, 2, True), (64, 64, 8, 2, True), (64, 64, 8, 1, True)),
-        "gfx942": _pointers((64, 64, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1)),
+        "gfx942": _pointers((64, 128, 8, 1, True), (32, 64, 8, 1), (16, 64, 8, 1)),
     },
     "dkdv with dropout": {
         "fp32": _pointers((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
-        "sm_80": _pointers((32, 128, 8, 2, True), (64, 64, 8, 2, True), (32, 64, 8, 1)),
-        "sm_86": _pointers((32, 128, 8, 2, True), (32, 64, 8, 2), (16, 64, 8, 1)),
+        "sm_80": _pointers((32, 128, 8, 2, True), (16, 64, 4, 2, True), (32, 64, 8, 1)),
+        "sm_86": _pointers((32, 128, 8, 2, True), (16, 64, 4, 2, True), (16, 64, 8, 1)),
         "sm_90": _tma((64, 128, 8, 2), (32, 128, 8, 2, True), (32, 64, 8, 1, True)),
+        "pointers": _pointers((64, 128, 8, 2, True), (32, 64, 8, 2, True), (32, 64, 8, 1, True)),
         "sm_100": _tma((64, 64, 8, 2), (64, 64, 8, 2, True), (64, 64, 8, 1, True)),
-        "gfx942": _pointers((64, 64, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1)),
+        "gfx942": _pointers((64, 128, 8, 1, True), (32, 64, 8, 1, True), (16, 64, 8, 1, True)),
     },
     "dq": {
         "fp32": _pointers((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
-        "sm_80": _pointers((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
-        "sm_86": _pointers((128, 64, 8, 2), (64, 64, 8, 2), (64, 16, 8, 1)),
+        "sm_80": _pointers((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
+        "sm_86": _pointers((128, 64, 8, 2), (128, 32, 8, 2), (64, 16, 8, 1)),
         "sm_90": _tma((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1, True)),
+        "pointers": _pointers((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
         "sm_100": _tma((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1, True)),
-        "gfx942": _pointers((64, 64, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1)),
+        "gfx942": _pointers((128, 64, 8, 1), (64, 64, 4, 1), (64, 16, 8, 1)),
     },
     "dq with dropout": {
         "fp32": _pointers((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
-        "sm_80": _pointers((128, 64, 8, 2, True), (64, 64, 8, 2), (64, 32, 8, 1)),
-        "sm_86": _pointers((128, 64, 8, 2, True), (64, 64, 8, 2), (64, 16, 8, 1)),
+        "sm_80": _pointers((128, 64, 8, 2, True), (128, 32, 8, 2), (64, 32, 8, 1)),
+        "sm_86": _pointers((128, 64, 8, 2, True), (128, 32, 8, 2), (64, 16, 8, 1)),
         "sm_90": _tma((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1, True)),
+        "pointers": _pointers((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
         "sm_100": _tma((128, 64, 8, 2), (128, 64, 8, 2, True), (64, 64, 8, 1, True)),
-        "gfx942": _pointers((64, 64, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1)),
+        "gfx942": _pointers((128, 64, 8, 1), (64, 64, 4, 1), (64, 16, 8, 1)),
     },
     "decode": {
         "fp32": _pointers((16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
         "sm_80": _pointers((16, 128, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
         "sm_86": _pointers((16, 128, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)),
         "sm_90": _tma((16, 128, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)),
+        "pointers": _pointers((16, 128, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
         "sm_100": _tma((16, 128, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)),
         "gfx942": _pointers((16, 128, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1)),
     },
