@@ -74,10 +74,12 @@ def rounding_scale(ref, intermediate, dtype):
 
 
 def use_small_tiles(monkeypatch, device):
-    """Tables that send rows of more than 64 elements down the path of rows that fit no program."""
+    """Tables that send rows of more than 64 elements down the path of rows that fit no program, and add up the partial
+    sums of several programs in more than one step."""
     key = _tuning.table_arch(arch(torch.device(device)), _tuning.ROWS)
     table = _tuning.RowTable(((64, 512, 4),), (8, 64, 4))
     monkeypatch.setitem(_tuning.ROWS, key, dict.fromkeys(_tuning.ROWS[key], table))
+    monkeypatch.setitem(_tuning.PARTIALS_TILE, key, (2, 64, 4))
 
 
 class Traffic:

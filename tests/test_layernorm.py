@@ -169,6 +169,13 @@ def test_either_output_of_the_sum_may_be_unused(use, device):
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(got, plain, strict=True))
 
 
+@pytest.mark.parametrize("dtype", rows.DTYPES, ids=str)
+def test_what_is_normalized_is_the_sum_that_is_returned(dtype, device, tiles):
+    x, residual, weight, bias = inputs("add_layer_norm", rows.make((6, 100), dtype, device))
+    y, h = kernels.add_layer_norm(x, residual, weight, bias)
+    assert torch.equal(h, x + residual) and torch.equal(y, kernels.layer_norm(h, weight, bias))
+
+
 def test_a_sum_of_two_dtypes_is_promoted(device):
     x = rows.make((6, 40), torch.bfloat16, device).requires_grad_()
     residual = rows.make((6, 40), torch.float32, device).requires_grad_()
