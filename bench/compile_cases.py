@@ -141,7 +141,11 @@ def decode_cases():
             expects = {} if dtype == "fp32" else {"decode_kernel": ("mma", "tma_load")}
             call = partial(launch, prepare_decode, DTYPES[dtype], head_dim)
             found.append(Case(f"decode-{dtype}-d{head_dim}-plain", call, expects, core=dtype != "fp16"))
-    for feature, arguments in {"window": {"window": 256}, "gqa": {"kv_heads": 3}, "rows": {"queries": 5}}.items():
+    for feature, arguments in {
+        "window": {"window": 256},
+        "gqa": {"kv_heads": 3},
+        "rows": {"queries": 5, "kv_heads": 1},
+    }.items():
         expects = {"decode_kernel": ("tensor" if feature == "rows" else "mma", "tma_load")}
         found.append(
             Case(f"decode-bf16-d64-{feature}", partial(launch, prepare_decode, "bfloat16", 64, **arguments), expects)

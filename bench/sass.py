@@ -390,6 +390,6 @@ def bound(blocks, arch, num_warps):
     rest = max(demand[part] for part in ("mufu", "fp32", "alu", "issue"))
     largest = parts[limit]
     share = parts[peak] / largest if largest else 0.0
-    serial = parts[peak] / (parts[peak] + rest) if largest else 0.0
+    serial = min(share, parts[peak] / (parts[peak] + rest)) if largest else 0.0
     flops = num_warps * sum(_mma_flops(i) for i in loop.instructions if i.op in MATRIX_OPS)
     return Bound(parts, limit, peak, share, serial, flops, loop.is_loop)
