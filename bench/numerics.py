@@ -3,7 +3,7 @@
     python bench/numerics.py
     python bench/numerics.py --section rows --publish
 
-Prints one line per result (an output or a gradient): the largest absolute error of each implementation, in units of
+Prints one line per result (an output y or a gradient): the largest absolute error of each implementation, in units of
 eps(dtype) * max|result|, so that 0.5 is one correct rounding of the largest element, and the error that the project's
 rule allows ours (bench/parity.py). On a CPU the kernels run in Triton's interpreter, whose sums are NumPy's and not a
 GPU's: the roundings are of the same kind, their order differs.
@@ -22,16 +22,18 @@ import torch.nn.functional as F
 
 import kernels
 from bench import command, environment, output, table
+from bench.numerics_attention import attention_calls
 from bench.parity import compare
 from gptlib import reference
 from gptlib.device import choose_device
 
-COLUMNS = ["op", "result", "dtype", "shape", "input", "unit", "triton", "eager", "torch", "allowed", "within"]
+LABELS = ["op", "result", "dtype", "shape", "input", "unit"]
+VERDICT = ["allowed", "within"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call: `ours`, `eager` and `torch` take the tensors and return one output or several."""
+    """One call: `ours`, `eager` and each of `peers` take the tensors and return one output or several."""
 
     op: str
     shape: tuple
@@ -39,7 +41,7 @@ class Case:
     tensors: dict  # name -> fp32 tensor; all are cast to the dtype under test
     ours: object
     eager: object
-    torch: object
+    peers: dict  # name -> torch's own
     summed: dict  # name of a result -> rows that it sums
 
 
@@ -59,15 +61,24 @@ def measure(case, dtype):
         outputs = case.eager(*tensors.values())
     grads = [torch.randn_like(o) for o in (outputs if isinstance(outputs, tuple) else (outputs,))]
     ref = run(case.eager, {name: t.double() for name, t in tensors.items()}, grads)
-    found = [run(f, tensors, grads) for f in (case.ours, case.eager, case.torch)]
+    ours, eager = run(case.ours, tensors, grads), run(case.eager, tensors, grads)
+    peers = {name: attempt(f, tensors, grads) for name, f in case.peers.items()}
     for result, exact in ref.items():
-        ours, eager, fused = (results[result] for results in found)
-        compared = compare(ours, exact, eager, rows=case.summed.get(result))
+        compared = compare(ours[result], exact, eager[result], rows=case.summed.get(result))
         unit = torch.finfo(dtype).eps * exact.abs().max().item()
-        errors = compared.error, compared.eager_error, (fused.double() - exact).abs().max().item(), compared.bound
-        scaled = (e / unit if unit else 0.0 for e in errors)
+        errors = {"triton": compared.error, "eager": compared.eager_error}
+        errors |= {name: (found[result].double() - exact).abs().max().item() for name, found in peers.items() if found}
+        scaled = {name: e / unit if unit else 0.0 for name, e in (errors | {"allowed": compared.bound}).items()}
         labels = case.op, result, str(dtype).removeprefix("torch."), "x".join(map(str, case.shape)), case.kind, unit
-        yield dict(zip(COLUMNS, (*labels, *scaled, "no" if compared.problem else "yes"), strict=True))
+        yield dict(zip(LABELS, labels, strict=True)) | scaled | {"within": "no" if compared.problem else "yes"}
+
+
+def attempt(function, tensors, grads):
+    """The results of a peer, or None for what it does not do (a dtype, a head dimension, grouped heads)."""
+    try:
+        return run(function, tensors, grads)
+    except RuntimeError:
+        return None
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
@@ -77,31 +88,28 @@ def row_cases(device):
     """Softmax and the norms: rows of a GPT, a vocabulary, long rows, rows far from zero."""
     for shape, kind in (((512, 768), "normal"), ((64, 1023), "x 10"), ((8, 50257), "x 10")):
         x = torch.randn(shape, device=device) * (10 if kind == "x 10" else 1)
-        yield Case(
-            "softmax", shape, kind, {"x": x}, kernels.softmax, reference.softmax, partial(torch.softmax, dim=-1), {}
-        )
+        peers = {"torch": partial(torch.softmax, dim=-1)}
+        yield Case("softmax", shape, kind, {"x": x}, kernels.softmax, reference.softmax, peers, {})
     scores = torch.randn(2, 4, 256, 256, device=device)
-    call = [partial(f, scale=0.125) for f in (kernels.causal_softmax, reference.causal_softmax, masked_softmax)]
-    yield Case("causal_softmax", tuple(scores.shape), "normal", {"x": scores * 8}, *call, {})
-    for shape, kind in (
-        ((512, 768), "normal"),
-        ((512, 768), "mean 1e4"),
-        ((64, 1023), "normal"),
-        ((16, 65536), "normal"),
-    ):
-        x = torch.randn(shape, device=device) + (1e4 if kind == "mean 1e4" else 0)
-        weights = {name: torch.randn(shape[1], device=device) for name in ("weight", "bias")}
-        summed = dict.fromkeys(("dweight", "dbias"), shape[0])
-        rest = (shape, kind), weights, summed
-        yield norm_case("layer_norm", {"x": x}, *rest, torch_layer_norm)
-        yield norm_case("add_layer_norm", {"x": x, "residual": torch.randn_like(x)}, *rest, torch_add_layer_norm)
-        yield norm_case("rms_norm", {"x": x}, *rest, torch_rms_norm)
+    ours, eager, fused = (
+        partial(f, scale=0.125) for f in (kernels.causal_softmax, reference.causal_softmax, masked_softmax)
+    )
+    yield Case("causal_softmax", tuple(scores.shape), "normal", {"x": scores * 8}, ours, eager, {"torch": fused}, {})
+    x = torch.randn(512, 768, device=device) + 1e4
+    yield norm_case("layer_norm", x, "mean 1e4", torch_layer_norm)
+    for shape in ((512, 768), (64, 1023), (16, 65536)):
+        x = torch.randn(shape, device=device)
+        yield norm_case("layer_norm", x, "normal", torch_layer_norm)
+        yield norm_case("add_layer_norm", x, "normal", torch_add_layer_norm)
+        yield norm_case("rms_norm", x, "normal", torch_rms_norm)
 
 
-def norm_case(op, tensors, what, weights, summed, fused):
-    names = ["weight"] if op == "rms_norm" else ["weight", "bias"]
-    tensors = tensors | {name: weights[name] for name in names}
-    return Case(op, *what, tensors, getattr(kernels, op), getattr(reference, op), fused, summed)
+def norm_case(op, x, kind, fused):
+    names = {"layer_norm": ["weight", "bias"], "add_layer_norm": ["residual", "weight", "bias"], "rms_norm": ["weight"]}
+    tensors = {name: torch.randn_like(x if name == "residual" else x[0]) for name in names[op]}
+    summed = dict.fromkeys(("dweight", "dbias"), x.shape[0])
+    calls = getattr(kernels, op), getattr(reference, op), {"torch": fused}
+    return Case(op, tuple(x.shape), kind, {"x": x} | tensors, *calls, summed)
 
 
 def masked_softmax(scores, scale):
@@ -122,7 +130,13 @@ def torch_rms_norm(x, weight):
     return F.rms_norm(x, weight.shape, weight, 1e-6)
 
 
-SECTIONS = {"rows": row_cases}  # name -> cases on a device
+def attention_cases(device):
+    """Attention over a ladder of shapes, beside each of torch's own implementations that exists here."""
+    for call in attention_calls(device):
+        yield Case(*call, {})
+
+
+SECTIONS = {"attention": attention_cases, "rows": row_cases}  # name -> cases on a device
 
 
 def main(argv=None):
@@ -144,13 +158,19 @@ def main(argv=None):
         print(show(found))
         facts = {"section": section, **environment.describe(device, args.commit)}
         for folder in [args.out, *([environment.results_folder(device)] if args.publish else [])]:
-            output.save(folder, f"numerics_{section}", found, COLUMNS, facts)
+            output.save(folder, f"numerics_{section}", found, columns(found), facts)
+
+
+def columns(found):
+    """Labels, then every implementation that some row has, then the verdict."""
+    names = dict.fromkeys(name for row in found for name in row if name not in (*LABELS, *VERDICT))
+    return [*LABELS, *names, *VERDICT]
 
 
 def show(found):
-    """The table on the screen."""
-    header = [c for c in COLUMNS if c != "unit"]
-    lines = [[f"{row[c]:.3g}" if isinstance(row[c], float) else row[c] for c in header] for row in found]
+    """The table on the screen; a dash where an implementation does not do the case."""
+    header = [c for c in columns(found) if c != "unit"]
+    lines = [[f"{row[c]:.3g}" if isinstance(row.get(c), float) else row.get(c, "-") for c in header] for row in found]
     return table.align(header, lines)
 
 
