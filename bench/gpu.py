@@ -80,6 +80,7 @@ def plan(device_name, out, commit=None):
         Step("environment", 0.3, (python, "bench/environment.py")),
         Step("tests", 2.5, tuple(tests)),
         Step("tests-deep", 1.5, (*tests, "-m", "deep")),
+        Step("numerics", 0.4, bench("numerics", "", "--section rows --dtype fp32")),
         Step("attention", 2.0, bench("attention", attention, "--seq 64 --providers reference,sdpa --budget 0.01")),
         Step("softmax", 0.7, bench("softmax", f"{rows},131072", "--length 64 --providers reference,torch")),
         Step("layernorm", 0.8, bench("layernorm", rows, "--length 64 --providers reference,torch")),

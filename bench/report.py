@@ -116,7 +116,8 @@ def provenance(result):
     """Where figures come from, in one line."""
     facts = result.facts
     versions = ", ".join(f"{n} {facts['packages'][n]}" for n in ("torch", "triton") if n in facts["packages"])
-    device = facts["cpu"] + f", {facts['torch_threads']} threads" if result.on_cpu else facts["device"]
+    threads = f"{facts['torch_threads']} thread" + "s" * (facts["torch_threads"] > 1)
+    device = f"{facts['cpu']}, {threads}" if result.on_cpu else facts["device"]
     partial = "" if facts["complete"] else " The run was cut short."
     return f"`{facts['command']}`, {facts['date'][:10]}, commit {facts['commit']}, {device}, {versions}.{partial}"
 
@@ -142,12 +143,16 @@ def section(result, link):
         lines += [speed_table(result, "peak_mib", lowest=True)]
     else:
         lines += [f"MFU = {result.facts['mfu_formula']}. {ceilings(result)}.", "", train_table(result)]
-    statuses = {r["status"] for r in result.rows} & set(CAUSES)
-    if statuses:
-        lines += ["", "; ".join(f"{s}: {CAUSES[s]}" for s in sorted(statuses)) + "."]
+    lines += causes(result)
     for name in pictures(result):
         lines += ["", f"![{name}]({link(result.folder / name)})"]
     return "\n".join(lines)
+
+
+def causes(result):
+    """What the words in place of a figure mean."""
+    found = sorted({r["status"] for r in result.rows} & set(CAUSES))
+    return ["", "; ".join(f"{status}: {CAUSES[status]}" for status in found) + "."] if found else []
 
 
 def best_share(result):
@@ -180,7 +185,14 @@ def readme_region(found, root):
         picture = result.folder / f"{result.bench}.png"
         if result.bench == "attention":
             parts += [f"Causal attention, {result.rows[0]['unit']}. {ceilings(result)}. {provenance(result)}"]
-            parts += ["", speed_table(result), "", f"![attention]({picture.relative_to(root).as_posix()})", ""]
+            parts += [
+                "",
+                speed_table(result),
+                *causes(result),
+                "",
+                f"![attention]({picture.relative_to(root).as_posix()})",
+                "",
+            ]
         elif result.bench in ("train", "train-compiled"):
             parts += [f"Whole training steps{', compiled' * ('compiled' in result.bench)}. {provenance(result)}"]
             parts += ["", train_table(result), ""]

@@ -133,7 +133,7 @@ while True: time.sleep(1)
 def test_the_order_is_environment_tests_benches_training(tmp_path):
     names = [step.name for step in gpu.plan("NVIDIA H100 80GB HBM3", tmp_path)]
     assert names[:3] == ["environment", "tests", "tests-deep"]
-    assert names[3:] == ["attention", "softmax", "layernorm", "ratios", "train", "train-compiled", "report"]
+    assert names[3:] == ["numerics", "attention", "softmax", "layernorm", "ratios", "train", "train-compiled", "report"]
 
 
 @pytest.mark.parametrize("device_name", ["NVIDIA H100 80GB HBM3", "CPU"])
