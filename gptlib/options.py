@@ -35,7 +35,17 @@ DEFAULTS = {
         "dtype": "auto",
         "compile": False,
     },
-    "tiny": {"steps": 1200, "lr": 4e-3, "warmup_steps": 50, "eval_every": 100, "sample_every": 400, "save_every": 400},
+    "tiny": {
+        "steps": 1200,
+        "lr": 3e-3,
+        "final_lr": 0.0,
+        "warmup_steps": 150,
+        "beta2": 0.99,
+        "eval_every": 100,
+        "eval_windows": 128,
+        "sample_every": 400,
+        "save_every": 400,
+    },
 }
 
 # Changing one of these would make another model, or other batches.

@@ -103,7 +103,10 @@ def sample(model, tokenizer, seed, autocast=NO_AUTOCAST):
 
 
 def quoted(text):
-    return "\n".join(f"    | {line}" for line in text.splitlines())
+    """The text set off by a margin, each run of empty lines as one."""
+    lines = [line.rstrip() for line in text.splitlines()]
+    kept = [line for line, above in zip(lines, ["", *lines], strict=False) if line or above]
+    return "\n".join(f"    | {line}" for line in kept)
 
 
 def to_device(batch, device):
