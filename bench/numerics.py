@@ -20,7 +20,6 @@ if not __package__:  # run as a script: the checkout belongs on the path, not be
 import torch
 import torch.nn.functional as F
 
-import kernels
 from bench import command, environment, output, table
 from bench.numerics_attention import attention_calls
 from bench.parity import compare
@@ -86,6 +85,8 @@ def attempt(function, tensors, grads):
 
 def row_cases(device):
     """Softmax and the norms: rows of a GPT, a vocabulary, long rows, rows far from zero."""
+    import kernels
+
     for shape, kind in (((512, 768), "normal"), ((64, 1023), "x 10"), ((8, 50257), "x 10")):
         x = torch.randn(shape, device=device) * (10 if kind == "x 10" else 1)
         peers = {"torch": partial(torch.softmax, dim=-1)}

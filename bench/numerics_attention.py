@@ -2,7 +2,6 @@
 
 import torch
 
-import kernels
 from gptlib import backends, reference
 
 LADDER = (  # B, H, Hkv, Tq, Tk, D, kind
@@ -18,6 +17,8 @@ LADDER = (  # B, H, Hkv, Tq, Tk, D, kind
 
 def attention_calls(device):
     """(op, shape, kind, tensors, ours, eager, peers) of each case; tensors are fp32 and peers {name: function}."""
+    import kernels
+
     peers = {name: backends.attention(name) for name in sdpa_names(device)}
     for B, H, Hkv, Tq, Tk, D, kind in LADDER:
         q = torch.randn(B, Tq, H, D, device=device).transpose(1, 2)
