@@ -247,7 +247,7 @@ def nvidia_facts(cubin, ptx, arch, num_warps, tile_flops=0):
         limit = sass.bound(blocks, arch, num_warps)
         facts |= {f"cycles_{part}": round(value) for part, value in limit.cycles.items()}
         facts |= {"loop": limit.is_loop, "bound": limit.limit, "peak": limit.peak}
-        redundancy = limit.flops / tile_flops if tile_flops else 1.0
+        redundancy = limit.flops / tile_flops if tile_flops and limit.flops else 1.0  # fp32: no tensor cores
         shares = {"peak_share": limit.share / redundancy, "serial_share": limit.serial_share / redundancy}
         facts |= {name: round(value, 3) for name, value in (shares | {"redundancy": redundancy}).items()}
     return facts

@@ -16,6 +16,7 @@ from bench import compile_cases, compile_report, compiled
 
 SAMPLE = [
     ("sm_80", "attention-bf16-d64-plain", "dq_kernel"),
+    ("sm_80", "attention-fp32-d64-plain", "attention_forward_kernel"),
     ("sm_90", "attention-bf16-d64-plain", "attention_forward_kernel"),
     ("sm_90", "attention-bf16-d128-plain", "dkdv_kernel"),
     ("sm_90", "layer-norm-bf16-n768", "norm_backward_kernel"),
