@@ -2,6 +2,7 @@
 
 import argparse
 import codecs
+import math
 import sys
 
 import torch
@@ -43,11 +44,13 @@ class KVCache:
 
 
 @torch.no_grad()
-def generate(model, ids, *, max_new_tokens, temperature=0.0, top_k=None, top_p=None, generator=None, eot=None):
+def generate(
+    model, ids, *, max_new_tokens, temperature=0.0, top_k=None, top_p=None, generator=None, eot=None, first=None
+):
     """Yield token ids that continue `ids`, one by one, until `eot` (not yielded) or max_new_tokens.
 
     Once the context is full every token sees the context_length before it: positions are absolute, so the window is
-    read anew for each. temperature, top_k, top_p: see `pick`.
+    read anew for each. temperature, top_k, top_p: see `pick`. first: bool (V,), the tokens that may come first.
     """
     device = model.tok_emb.weight.device
     context_length = model.cfg.context_length
@@ -62,6 +65,8 @@ def generate(model, ids, *, max_new_tokens, temperature=0.0, top_k=None, top_p=N
                 cache = KVCache(model.cfg)
                 unread = ids[-context_length:]
             logits = model(torch.tensor([unread], device=device), cache)[0, -1].float().cpu()
+            if first is not None:
+                logits, first = logits.masked_fill(~first, -math.inf), None
             token = pick(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             if token == eot:
                 return
@@ -124,6 +129,20 @@ def prompt_ids(tokenizer, prompt, context_length):
     return ids
 
 
+def split_last_space(prompt):
+    """(text to read, text that the first token must begin with): BPE joins a space to the word after it, so a space at
+    the prompt's end, read as a token of its own, would be followed by what hardly ever follows one in the corpus."""
+    return (prompt[:-1], " ") if prompt.endswith(" ") else (prompt, "")
+
+
+def tokens_beginning_with(text, tokenizer, vocab_size):
+    """bool (vocab_size,): the ordinary tokens whose bytes begin with the text's."""
+    begins = torch.zeros(vocab_size, dtype=torch.bool)
+    for token in range(tokenizer.n_vocab):
+        begins[token] = token != tokenizer.eot and tokenizer.decode_bytes([token]).startswith(text.encode())
+    return begins
+
+
 def parse(argv):
     parser = Parser(prog="python -m gptlib.generate", description="Continue a text with a trained model.")
     parser.add_argument("--run", required=True, metavar="DIR", help="run folder of gptlib.train")
@@ -131,7 +150,9 @@ def parse(argv):
     parser.add_argument("--max-new-tokens", type=positive_int, default=200, metavar="N")
     parser.add_argument("--temperature", type=non_negative_float, default=0.8, help="0: likeliest token (default 0.8)")
     parser.add_argument("--top-k", type=positive_int, metavar="K", help="draw from the K likeliest tokens only")
-    parser.add_argument("--top-p", type=fraction, metavar="P", help="draw from the likeliest that have P together")
+    parser.add_argument(
+        "--top-p", type=fraction, default=0.95, metavar="P", help="draw from the likeliest that have P together (0.95)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--attn", help=f"{', '.join(backends.ATTENTION)} or package.module:function")
@@ -148,7 +169,8 @@ def run(args: argparse.Namespace):
         print(backends.INTERPRETER_NOTE, file=sys.stderr)
     model.to(device)
     context_length = model.cfg.context_length
-    ids = prompt_ids(tokenizer, args.prompt, context_length)
+    prompt, space = split_last_space(args.prompt)
+    ids = prompt_ids(tokenizer, prompt, context_length)
     tokens = generate(
         model,
         ids,
@@ -158,8 +180,9 @@ def run(args: argparse.Namespace):
         top_p=args.top_p,
         generator=torch.Generator().manual_seed(args.seed),
         eot=tokenizer.eot,
+        first=tokens_beginning_with(space, tokenizer, model.cfg.vocab_size) if space else None,
     )
-    print(args.prompt, end="", flush=True)
+    print(prompt, end="", flush=True)
     produced = []
     with autocast_for(device, choose_dtype("auto", device)):
         for text in text_stream(tokenizer, noted(tokens, produced)):

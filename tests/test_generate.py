@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from gptlib import generate as sampling
-from gptlib.generate import KVCache, generate, pick, prompt_ids, text_stream
+from gptlib.generate import (
+    KVCache,
+    generate,
+    pick,
+    prompt_ids,
+    split_last_space,
+    text_stream,
+    tokens_beginning_with,
+)
 from gptlib.model import GPTConfig, GPTModel
 from gptlib.tokenizer import byte_tokenizer, train_bpe
 from tests import trainer
@@ -53,6 +61,24 @@ def test_the_cache_gives_the_logits_of_one_pass(model, attn, device):
         parts = [other(part, cache) for part in idx.split([5, 1, 3, 1, 1, 1], dim=1)]
         torch.testing.assert_close(torch.cat(parts, dim=1), other(idx), atol=2e-4, rtol=1e-3)
     assert cache.length == 12
+
+
+def test_the_first_token_can_be_restricted(model):
+    allowed = torch.zeros(257, dtype=torch.bool)
+    allowed[[5, 9]] = True
+    free, tied = (list(generate(model, [3], max_new_tokens=4, first=first)) for first in (None, allowed))
+    assert free[0] not in (5, 9) and tied[0] in (5, 9)
+    assert tied[1:] == greedy_without_cache(model, [3, tied[0]], 3), "those after it are free"
+
+
+def test_a_space_at_the_end_of_a_prompt_becomes_that_of_the_next_word():
+    assert split_last_space("def ") == ("def", " ") and split_last_space("a  ") == ("a ", " ")
+    assert split_last_space("def") == ("def", "") and split_last_space("") == ("", "")
+    tokenizer = train_bpe(["a word and a word and another word " * 9], 270, progress=False)
+    begins = tokens_beginning_with(" ", tokenizer, 300)
+    assert begins.shape == (300,) and begins[tokenizer.encode(" word")[0]]
+    assert [tokenizer.decode([i])[0] for i in begins.nonzero().flatten().tolist()] == [" "] * int(begins.sum())
+    assert not begins[tokenizer.encode("word")[0]] and not begins[tokenizer.eot :].any()
 
 
 def test_stops_at_end_of_text(model):
