@@ -165,9 +165,10 @@ def persistent_programs(tile):
 
 
 def pipeline_stages(arch, tile, bytes_per_element):
-    """Tiles in work and on their way at once, for inputs of so many bytes per element taken together."""
+    """Tiles in work and on their way at once, for inputs of so many bytes per element taken together: one is worked on
+    in registers, the others each have a buffer."""
     shared = PIPELINE_SHARED[table_arch(arch, PIPELINE_SHARED)] // persistent_programs(tile)
-    return max(1, min(4, shared // (tile.rows * tile.block_n * bytes_per_element)))
+    return min(4, 1 + shared // (tile.rows * tile.block_n * bytes_per_element))
 
 
 # Interpreted programs cost by the operation, hardly by the element: as many rows to a program as the cache bears.

@@ -260,6 +260,10 @@ def norm_backward_kernel(
         dy = load_tile(dy_ptr, rows, stride_dy, cols, lengths, ALIGN)
         h = load_tile(h_ptr, rows, stride_h, cols, lengths, ALIGN)
         xhat, rstd = normalize(h, stats_ptr, rows, n_rows, RMS)
+        if dweight_ptr is not None:
+            dweight += dy * xhat
+        if dbias_ptr is not None:
+            dbias += dy
         g = dy
         if weight_ptr is not None:
             g = dy * w
@@ -278,10 +282,6 @@ def norm_backward_kernel(
         if dh_out_ptr is not None:
             dh += load_tile(dh_out_ptr, rows, stride_dh, cols, lengths, ALIGN)
         store_tile(dh_ptr, dh, rows, n_cols, cols, lengths, ALIGN)
-        if dweight_ptr is not None:
-            dweight += dy * xhat
-        if dbias_ptr is not None:
-            dbias += dy
     partial = tl.program_id(0).to(tl.int64) * n_cols + cols
     if dweight_ptr is not None:
         tl.store(dweight_ptr + partial, tl.sum(dweight, axis=0), mask=cols < n_cols)
