@@ -323,9 +323,9 @@ def test_long_rows_are_read_twice_and_written_once(monkeypatch):
     assert (backward.reads(h) == 2).all() and (backward.reads(dy) == 2).all() and (backward.writes(dh) == 1).all()
 
 
-@pytest.mark.parametrize("arch, multiprocessors", [("sm_80", 132), ("sm_90", 132), ("gfx942", 132)])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("n, tensors", [(768, 3), (4096, 3), (32768, 5)])
-def test_launches_touch_the_counted_tensors_only(arch, multiprocessors, n, tensors):
+def test_launches_touch_the_counted_tensors_only(arch, n, tensors):
     launches = []
     x = torch.empty(20000, n, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(n, device="meta")
@@ -335,5 +335,5 @@ def test_launches_touch_the_counted_tensors_only(arch, multiprocessors, n, tenso
     moved = [sum(a.nbytes for a in args if isinstance(a, torch.Tensor)) for _, _, args, *_ in launches]
     assert moved[0] == 2 * x.nbytes + stats.nbytes + 2 * weight.nbytes
     rest = sum(moved[1:]) - tensors * x.nbytes
-    programs = 4 * multiprocessors
+    programs = 4 * 132  # four on each multiprocessor at most
     assert 0 < rest <= 4 * stats.nbytes + 3 * weight.nbytes + 2 * 8 * programs * n
