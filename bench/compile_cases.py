@@ -85,6 +85,8 @@ def attention_cases():
         for feature in ("plain", "dropout"):
             add("fp16", head_dim, feature, ATTENTION_EXPECTS)
             add("fp32", head_dim, feature, {})
+    # Arguments of 1, which Triton turns into constants: a window of one key, and the smallest dropout there is.
+    add("bf16", 64, "ones", ATTENTION_EXPECTS, dropout_p=0.004, window=1)
     for head_dim in (64, 128):
         add("bf16", head_dim, "lse", ATTENTION_EXPECTS, lse_gradient=True)
         add("bf16", head_dim, "pointers", POINTER_EXPECTS, padding=1)

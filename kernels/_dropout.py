@@ -42,7 +42,7 @@ def keep_mask(key, counter, bh, rows, start_col, threshold, COLS: tl.constexpr):
     """(ROWS, COLS) booleans for `rows` (ROWS,) and columns start_col ... start_col + COLS - 1; start_col % 16 == 0."""
     groups = (start_col // 16 + tl.arange(0, COLS // 16)).to(tl.uint32)  # (COLS / 16,)
     words = _philox_words(key, counter, bh, rows.to(tl.uint32)[:, None], groups[None, :])  # (ROWS, COLS / 16, 4)
-    return _bytes(words).reshape(rows.shape[0], COLS) >= threshold.to(tl.uint8)
+    return _bytes(words).reshape(rows.shape[0], COLS) >= tl.cast(threshold, tl.uint8)
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def keep_mask_transposed(key, counter, bh, rows, start_col, threshold, COLS: tl.
     """The transpose of `keep_mask`, (COLS, ROWS), built without transposing."""
     groups = (start_col // 16 + tl.arange(0, COLS // 16)).to(tl.uint32)
     words = _philox_words(key, counter, bh, rows.to(tl.uint32)[None, :], groups[:, None])  # (COLS / 16, ROWS, 4)
-    return _bytes(words).permute(0, 2, 3, 1).reshape(COLS, rows.shape[0]) >= threshold.to(tl.uint8)
+    return _bytes(words).permute(0, 2, 3, 1).reshape(COLS, rows.shape[0]) >= tl.cast(threshold, tl.uint8)
 
 
 @triton.jit

@@ -55,7 +55,7 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
 
 def fp32_precision(dtype):
     """How a dot of fp32 operands may round: "tf32" where torch's own CUDA matmuls are allowed to, else "ieee"."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" and not torch.version.hip
     return "tf32" if allowed else "ieee"
 
 
@@ -156,7 +156,7 @@ def check_device(op, name, device):
 
 def autocast_dtype(x):
     """The dtype autocast asks for on x's device, or None outside autocast."""
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return None
 

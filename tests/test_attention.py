@@ -60,6 +60,7 @@ def test_every_tile_size_way_of_loading_and_number_of_loops(tile, device, monkey
     use_tile(monkeypatch, *tile)
     check(Call(H=2, Hkv=1, Tq=75, Tk=101, D=24, dtype=bf16, dropout_p=0.3), device)
     check(Call(H=1, Hkv=1, Tq=101, Tk=101, D=24, window=37, docs=(0, 20, 70, 101)), device)
+    check(Call(H=1, Hkv=1, Tq=40, Tk=150, D=16, window=30), device)  # keys that no query sees
 
 
 @st.composite
@@ -144,9 +145,11 @@ def test_documents_equal_separate_calls(device):
 
 
 def test_a_window_as_long_as_the_keys_is_no_window(device):
-    q, k, v = _inputs(device)
-    plain, wide = kernels.causal_attention(q, k, v), kernels.causal_attention(q, k, v, window=150)
-    torch.testing.assert_close(wide, plain, atol=1e-6, rtol=1e-6)
+    q, k, v = (x.requires_grad_() for x in _inputs(device))
+    plain = torch.autograd.grad(kernels.causal_attention(q, k, v).sum(), (q, k, v))
+    for window in (150, 2**31 - 1, 2**62):
+        wide = torch.autograd.grad(kernels.causal_attention(q, k, v, window=window).sum(), (q, k, v))
+        assert all(torch.equal(a, b) for a, b in zip(wide, plain, strict=True))
 
 
 def test_the_backward_gives_the_same_bits_every_time(device):

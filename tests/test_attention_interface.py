@@ -40,6 +40,16 @@ def test_compiles_without_a_graph_break(device):
         torch.testing.assert_close(a, b)
 
 
+def test_compiles_for_any_scale(device):
+    q, k, v = _inputs(device)
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    attend = torch.compile(
+        lambda scale: kernels.causal_attention(q, k, v, scale=scale), fullgraph=True, backend=backend
+    )
+    for scale in (0.1, 0.2, 0.3):  # from the second on, a symbol
+        torch.testing.assert_close(attend(scale), kernels.causal_attention(q, k, v, scale=scale))
+
+
 def test_compiled_dropout_draws_new_masks(device):
     q, k, v = _inputs(device)
     backend = "inductor" if device == "cuda" else "aot_eager"
@@ -108,7 +118,7 @@ BAD = {
     "q must be (B, H, T, D), got shape (2, 20, 16)": lambda q, k, v: (q[0], k, v, {}),
     "k is on meta but q is on": lambda q, k, v: (q, k.to("meta"), v, {}),
     "k and v must have one shape": lambda q, k, v: (q, k, v[:, :, :10], {}),
-    "query heads (2) must be a multiple of the key heads (3)": lambda q, k, v: (q, *_three_heads(k, v), {}),
+    "query heads (2) must be a positive multiple of the key heads (3)": lambda q, k, v: (q, *_three_heads(k, v), {}),
     "got Tq = 20, Tk = 10": lambda q, k, v: (q, k[:, :, :10], v[:, :, :10], {}),
     "got Tq = 0": lambda q, k, v: (q[:, :, :0], k, v, {}),
     "the head dimension must be 8 to 256, got 4": lambda q, k, v: (q[..., :4], k[..., :4], v[..., :4], {}),

@@ -69,7 +69,7 @@ def delta_kernel(
 @triton.jit
 def accumulate_dkdv(
     dk, dv, k, v, q_src, dout_src, lse_ptr, delta_ptr, doc_start_ptr, stride_qt, stride_gt,
-    offs_k, b, h, bh, start, whole, cut, end, Tq, Tk, window, scale_log2, key, counter, threshold, rescale,
+    start_k, offs_k, b, h, bh, start, whole, cut, end, Tq, Tk, window, scale_log2, key, counter, threshold, rescale,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     USE_TMA: tl.constexpr,
     ONE_LOOP: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCS: tl.constexpr,
@@ -94,7 +94,7 @@ def accumulate_dkdv(
         dp_t = dot(v, dout.trans(1, 0), None, INPUT_PRECISION)  # (BLOCK_K, BLOCK_Q)
         kept_p_t = p_t
         if HAS_DROPOUT:
-            keep = keep_mask_transposed(key, counter, bh, offs_q, tl.min(offs_k, 0), threshold, BLOCK_K)
+            keep = keep_mask_transposed(key, counter, bh, offs_q, start_k, threshold, BLOCK_K)
             kept_p_t = tl.where(keep, p_t, 0.0)
             dp_t = tl.where(keep, dp_t * rescale, 0.0)
         dv = dot(cast(kept_p_t, dout.dtype), dout, dv, INPUT_PRECISION)
@@ -141,7 +141,8 @@ def dkdv_kernel(
         for WHOLE in tl.static_range(1 if ONE_LOOP else 2):  # the blocks cut by an edge, then the others
             dk, dv = accumulate_dkdv(
                 dk, dv, k, v, q_head, dout_head, lse_head, delta_head, doc_start_ptr, stride_qt, stride_gt,
-                offs_k, b, h, bh, start, whole, cut, end, Tq, Tk, window, scale_log2, key, counter, threshold, rescale,
+                start_k, offs_k, b, h, bh, start, whole, cut, end, Tq, Tk, window,
+                scale_log2, key, counter, threshold, rescale,
                 HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D, USE_TMA, ONE_LOOP, WHOLE == 0, HAS_WINDOW, HAS_DOCS, HAS_DROPOUT,
                 INPUT_PRECISION,
             )  # fmt: skip
@@ -263,7 +264,7 @@ def attention_backward(
         dkdv_kernel, (num_blocks * B * Hkv,),
         *sources, lse, delta, doc_start, doc_end, rng,
         *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
-        H, Hkv, Tq, Tk, B * Hkv, num_blocks, heads_per_section(q, 1, H // Hkv), window,
+        H, Hkv, Tq, Tk, B * Hkv, num_blocks, heads_per_section(B * Hkv, q, 1, H // Hkv), window,
         scale, scale * LOG2_E, threshold, rescale,
         BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, USE_TMA=tile.use_tma, ONE_LOOP=tile.one_loop,
         GROUP=H // Hkv, **flags, num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -276,7 +277,7 @@ def attention_backward(
         dq_kernel, (num_blocks * B * H,),
         *sources, lse, delta, doc_start, rng,
         *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dq),
-        H, H // Hkv, Tq, Tk, B * H, num_blocks, heads_per_section(k, H // Hkv), window,
+        H, H // Hkv, Tq, Tk, B * H, num_blocks, heads_per_section(B * H, k, H // Hkv), window,
         scale, scale * LOG2_E, threshold, rescale,
         BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, USE_TMA=tile.use_tma, ONE_LOOP=tile.one_loop, **flags,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

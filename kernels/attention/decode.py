@@ -140,6 +140,6 @@ def attention_decode(q, k, v, scale, window=0, num_spans=None):
         merge_kernel, (B * H * Tq,),
         partial_out, partial_lse, out, lse, *strides(out), H, Tq, num_spans,
         HEAD_DIM=D, BLOCK_D=block_d, SPANS=max(2, triton.next_power_of_2(num_spans)),
-        DTYPE=_runtime.TL_DTYPES[q.dtype], num_warps=4, num_stages=1,
+        DTYPE=_runtime.TL_DTYPES[q.dtype], num_warps=4 if num_spans * block_d < 32768 else 8, num_stages=1,
     )  # fmt: skip
     return out, lse

@@ -133,7 +133,7 @@ def attention_forward(q, k, v, scale, dropout_p=0.0, rng=None, window=0, doc_sta
     _runtime.launch(
         attention_forward_kernel, (num_blocks * B * H,),
         *sources, lse, doc_start, rng, *strides(q), *strides(k), *strides(v), *strides(out),
-        H, H // Hkv, Tq, Tk, B * H, num_blocks, heads_per_section(k, H // Hkv), window,
+        H, H // Hkv, Tq, Tk, B * H, num_blocks, heads_per_section(B * H, k, H // Hkv), window,
         scale * LOG2_E, threshold, rescale,
         HEAD_DIM=D, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, BLOCK_D=padded_head_dim(D),
         USE_TMA=tile.use_tma, ONE_LOOP=tile.one_loop,

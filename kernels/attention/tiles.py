@@ -114,7 +114,7 @@ def end_query(j, doc_end_ptr, Tq, Tk, window, HAS_WINDOW: tl.constexpr, HAS_DOCS
     """One more than the last query that sees key j, as far as window and documents go."""
     end = Tq
     if HAS_WINDOW:
-        end = tl.minimum(end, j + window - (Tk - Tq))
+        end = tl.maximum(tl.minimum(end, j + window - (Tk - Tq)), 0)  # 0: too old for every query
     if HAS_DOCS:
         end = tl.minimum(end, tl.load(doc_end_ptr + tl.minimum(j, Tk - 1)))
     return end
@@ -233,11 +233,11 @@ def empty_heads(batch, heads, tokens, head_dim, like, dtype=None):
     return torch.empty(batch, tokens, heads, head_dim, dtype=dtype or like.dtype, device=like.device).transpose(1, 2)
 
 
-def heads_per_section(streamed, programs_sharing, heads_read=1):
-    """How many heads run together so that the two tensors like `streamed` that they walk over stay in L2, when
-    `programs_sharing` heads walk over the same ones, or each head walks over `heads_read` of them."""
+def heads_per_section(num_heads, streamed, programs_sharing, heads_read=1):
+    """How many of `num_heads` heads run together so that the two tensors like `streamed` that they walk over stay in
+    L2, when `programs_sharing` heads walk over the same ones, or each head walks over `heads_read` of them."""
     bytes_per_head = 2 * streamed.shape[2] * streamed.shape[3] * streamed.element_size() * heads_read
-    return programs_sharing * max(1, L2_BYTES_FOR_KV // bytes_per_head)
+    return min(num_heads, programs_sharing * max(1, L2_BYTES_FOR_KV // bytes_per_head))
 
 
 LOG2_E = math.log2(math.e)
