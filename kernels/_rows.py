@@ -49,7 +49,7 @@ def column_mask(cols, lengths, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def load_tile(ptr, rows, stride, cols, lengths, ALIGN: tl.constexpr, EVICT: tl.constexpr = ""):
+def load_tile(ptr, rows, stride, cols, lengths, ALIGN: tl.constexpr, EVICT: tl.constexpr):
     """Tile in fp32, zero beyond each row's length (rounded up to a group of ALIGN)."""
     mask = column_mask(cols, lengths, ALIGN)
     x = tl.load(ptr + row_offsets(rows, stride, cols, ALIGN), mask=mask, other=0.0, eviction_policy=EVICT)

@@ -63,7 +63,7 @@ def load_sum(
     lengths,
     H_DTYPE: tl.constexpr,
     ALIGN: tl.constexpr,
-    EVICT: tl.constexpr = "evict_first",
+    EVICT: tl.constexpr,
 ):
     """h = x + residual as the second output will hold it, rounded; x alone without a residual."""
     h = load_tile(x_ptr, rows, stride_x, cols, lengths, ALIGN, EVICT)
@@ -126,7 +126,7 @@ def norm_forward_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_N)
     lengths = tl.where(rows < n_rows, n_cols, 0)
-    h = load_sum(x_ptr, residual_ptr, rows, stride_x, stride_r, cols, lengths, H_DTYPE, ALIGN)
+    h = load_sum(x_ptr, residual_ptr, rows, stride_x, stride_r, cols, lengths, H_DTYPE, ALIGN, "evict_first")
     mean = tl.zeros((ROWS,), tl.float32)
     low = mean
     centred = h
@@ -184,7 +184,7 @@ def norm_forward_blocks_kernel(
     last = (n_cols - 1) // BLOCK_N * BLOCK_N
     for back in range(0, n_cols, BLOCK_N):  # backwards: what was read last is still in the cache
         block = last - back + cols
-        h = load_sum(x_ptr, residual_ptr, rows, stride_x, stride_r, block, lengths, H_DTYPE, ALIGN)
+        h = load_sum(x_ptr, residual_ptr, rows, stride_x, stride_r, block, lengths, H_DTYPE, ALIGN, "evict_first")
         xhat = ((h - mean[:, None]) - low[:, None]) * rstd[:, None]
         y = scale_shift(xhat, weight_ptr, bias_ptr, block, n_cols, ALIGN)
         store_tile(y_ptr, y, rows, n_cols, block, lengths, ALIGN)
@@ -215,10 +215,10 @@ def norm_row_sums_kernel(
     sum_g = tl.zeros((ROWS, BLOCK_N), tl.float32)
     for start in range(0, n_cols, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        g = load_tile(dy_ptr, rows, stride_dy, cols, lengths, ALIGN)
+        g = load_tile(dy_ptr, rows, stride_dy, cols, lengths, ALIGN, "")
         if weight_ptr is not None:
             g *= load_columns(weight_ptr, cols, n_cols, ALIGN)
-        h = load_tile(h_ptr, rows, stride_h, cols, lengths, ALIGN)
+        h = load_tile(h_ptr, rows, stride_h, cols, lengths, ALIGN, "")
         xhat, _ = normalize(h, stats_ptr, rows, n_rows, RMS)
         sum_gx += g * xhat
         sum_g += g
@@ -257,8 +257,8 @@ def norm_backward_kernel(
     for tile in tl.range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         lengths = tl.where(rows < n_rows, n_cols, 0)
-        dy = load_tile(dy_ptr, rows, stride_dy, cols, lengths, ALIGN)
-        h = load_tile(h_ptr, rows, stride_h, cols, lengths, ALIGN)
+        dy = load_tile(dy_ptr, rows, stride_dy, cols, lengths, ALIGN, "")
+        h = load_tile(h_ptr, rows, stride_h, cols, lengths, ALIGN, "")
         xhat, rstd = normalize(h, stats_ptr, rows, n_rows, RMS)
         if dweight_ptr is not None:
             dweight += dy * xhat
@@ -280,7 +280,7 @@ def norm_backward_kernel(
             dh -= mean_g[:, None]
         dh *= rstd[:, None]
         if dh_out_ptr is not None:
-            dh += load_tile(dh_out_ptr, rows, stride_dh, cols, lengths, ALIGN)
+            dh += load_tile(dh_out_ptr, rows, stride_dh, cols, lengths, ALIGN, "")
         store_tile(dh_ptr, dh, rows, n_cols, cols, lengths, ALIGN)
     partial = tl.program_id(0).to(tl.int64) * n_cols + cols
     if dweight_ptr is not None:
