@@ -131,6 +131,8 @@ def run_step(step, limit_s, log):
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # A shell's background job ignores SIGINT, and so would its children: they must hear that their time is up.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             code = process.wait(limit_s)
