@@ -9,7 +9,6 @@ Sums over rows, of which every program holds a part, are added up by `sum_partia
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 
@@ -27,13 +26,6 @@ def as_rows(x):
 def alignment(*matrices):
     """Columns per group: the largest power of two, up to 8, that divides the row length and every row stride."""
     return math.gcd(8, *(m.shape[1] for m in matrices), *(m.stride(0) for m in matrices))
-
-
-def multiprocessors(device):
-    """How many programs of a persistent kernel run at once, one per multiprocessor; 4 in the interpreter."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 4 if device.type == "cpu" else 132  # meta: an H100's
 
 
 @triton.jit

@@ -78,12 +78,10 @@ def arch(device):
 
 
 def multiprocessors(device):
-    """How many multiprocessors share the work; a token number where there is no GPU to ask."""
-    if INTERPRETED:
-        return 4
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """How many multiprocessors share the work: an H100's for the meta device, 4 in the interpreter."""
+    if device.type == "cuda" and not INTERPRETED:
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if device.type == "meta" else 4
 
 
 @contextlib.contextmanager

@@ -41,8 +41,8 @@ import triton
 import triton.language as tl
 
 from kernels import _tuning
-from kernels._rows import alignment, as_rows, load_tile, multiprocessors, store_tile, sum_partials
-from kernels._runtime import TL_DTYPES, arch, autocast_dtype, cast, check_tensors, launch, register_op
+from kernels._rows import alignment, as_rows, load_tile, store_tile, sum_partials
+from kernels._runtime import TL_DTYPES, arch, autocast_dtype, cast, check_tensors, launch, multiprocessors, register_op
 
 
 @triton.jit
