@@ -105,34 +105,45 @@ def prepare_attention(
     padding=0,
     tf32=False,
     device="meta",
+    tokens=TOKENS,
+    part=None,
 ):
-    """A call of forward and backward, which returns out, lse, dq, dk and dv. `padding` elements between the rows of q,
-    k, v and dout keep descriptors from reading them."""
+    """A call of forward and backward, which returns out, lse, dq, dk and dv, or of one `part` of them: "forward" or
+    "backward". `padding` elements between the rows of q, k, v and dout keep descriptors from reading them."""
     import torch
 
     from kernels.attention.backward import attention_backward
     from kernels.attention.forward import attention_forward
 
     def heads(count):
-        return _normal(BATCH, TOKENS, count, head_dim + padding, dtype=dtype, device=device)[..., :head_dim].transpose(
-            1, 2
-        )
+        width = head_dim + padding
+        x = _normal(max(1, BATCH * TOKENS // tokens), tokens, count, width, dtype=dtype, device=device)
+        return x[..., :head_dim].transpose(1, 2)
 
     q, k, v, dout = heads(HEADS), heads(kv_heads), heads(kv_heads), heads(HEADS)
     rng = torch.zeros(2, dtype=torch.int64, device=device) if dropout_p else None
-    bounds = [torch.zeros(TOKENS, dtype=torch.int32, device=device) if documents else None for _ in range(2)]
+    bounds = [torch.zeros(tokens, dtype=torch.int32, device=device) if documents else None for _ in range(2)]
+
+    def forward():
+        return attention_forward(q, k, v, 0.125, dropout_p, rng, window, bounds[0])
+
+    def backward(out, lse):
+        dlse = torch.empty_like(lse) if lse_gradient else None
+        return attention_backward(dout, dlse, q, k, v, out, lse, 0.125, dropout_p, rng, window, *bounds)
+
+    def both():
+        out, lse = forward()
+        return out, lse, *backward(out, lse)
 
     def run():
         precision = torch.backends.cuda.matmul.fp32_precision
         torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
         try:
-            out, lse = attention_forward(q, k, v, 0.125, dropout_p, rng, window, bounds[0])
-            dlse = torch.empty_like(lse) if lse_gradient else None
-            grads = attention_backward(dout, dlse, q, k, v, out, lse, 0.125, dropout_p, rng, window, *bounds)
+            return call()
         finally:
             torch.backends.cuda.matmul.fp32_precision = precision
-        return out, lse, *grads
 
+    call = {None: both, "forward": forward}.get(part) or partial(backward, *forward())
     return run
 
 

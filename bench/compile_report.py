@@ -8,8 +8,9 @@ Compiles every configuration of bench/compile_cases.py and prints one row each: 
 bytes of shared memory, programs that one multiprocessor holds, and counts of tensor-core, TMA and special-function
 instructions. For sm_80 and sm_90 a row ends with the bound of the kernel's hottest loop (bench/sass.py has the model):
 cycles of one iteration asked of each part of the multiprocessor, the part that asks most, and the share of the peak
-that it leaves to the tensor cores (or, where there is no matmul, to the memory): first with everything overlapped, then
-with matmuls and the rest one after the other. CSV and JSON go to runs/bench/compiled/<arch>/.
+that it leaves to the tensor cores (or, where there is no matmul, to the memory): `share` with everything overlapped,
+`in step` for one program that has the multiprocessor to itself, its warps side by side. CSV and JSON go to
+runs/bench/compiled/<arch>/.
 """
 
 import os
@@ -26,16 +27,28 @@ from gptlib.errors import UserError
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 COLUMNS = [
-    *("arch", "case", "kernel", "types", "config", "num_warps", "num_stages", "registers", "spill_bytes", "shared"),
+    *(
+        "arch",
+        "case",
+        "kernel",
+        "types",
+        "config",
+        "num_warps",
+        "num_stages",
+        "maxnreg",
+        "registers",
+        "spill_bytes",
+        "shared",
+    ),
     *("programs_per_sm", *compiled.INSTRUCTIONS, *(f"cycles_{part}" for part in sass.PARTS)),
-    *("bound", "peak", "peak_share", "serial_share", "redundancy", "loop", "missing", "status"),
+    *("bound", "peak", "peak_share", "in_step_share", "redundancy", "loop", "missing", "status"),
 ]
 # Headings on the screen and the columns under them.
 SHOWN = dict.fromkeys(("arch", "case", "kernel", "tile"))
 SHOWN |= {"warps": "num_warps", "stages": "num_stages", "regs": "registers", "spill": "spill_bytes", "smem B": "shared"}
 SHOWN |= {"progs": "programs_per_sm", "matmul": None, "TMA": "tma", "MUFU op": "MUFU"}
 SHOWN |= {part: f"cycles_{part}" for part in sass.PARTS}
-SHOWN |= {"bound": None, "share": "peak_share", "serial": "serial_share", "redundant": "redundancy", "status": None}
+SHOWN |= {"bound": None, "share": "peak_share", "in step": "in_step_share", "redundant": "redundancy", "status": None}
 TILE_SIZES = ("ROWS", "BLOCK_P", "BLOCK_Q", "BLOCK_K", "BLOCK_M", "BLOCK_N")
 
 

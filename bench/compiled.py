@@ -84,8 +84,7 @@ class Job:
     signature: dict = field(hash=False)
     constexprs: dict = field(hash=False)  # {path of the argument: value}
     attributes: dict = field(hash=False)
-    num_warps: int
-    num_stages: int
+    options: dict = field(hash=False)  # num_warps, num_stages and, where one is set, maxnreg
     expects: tuple = ()
     products: int = 0
 
@@ -119,15 +118,14 @@ class Job:
     @property
     def labels(self):
         """The columns of a row that say what was compiled."""
-        names = ("arch", "case", "kernel", "types", "config", "num_warps", "num_stages")
-        return {name: getattr(self, name) for name in names}
+        names = ("arch", "case", "kernel", "types", "config")
+        return {name: getattr(self, name) for name in names} | self.options
 
     @property
     def specialization(self):
         """Equal for jobs that compile to the same code."""
-        return repr((self.arch, self.module, self.kernel, self.signature, self.constexprs, self.attributes)) + repr(
-            (self.num_warps, self.num_stages)
-        )
+        parts = (self.arch, self.module, self.kernel, self.signature, self.constexprs, self.attributes, self.options)
+        return repr(parts)
 
 
 # ---- in a worker: what to compile ------------------------------------------------------------------------------------
@@ -149,8 +147,8 @@ def list_jobs(cases, arch):
     jobs = {}
     for case in cases:
 
-        def recorder(kernel, grid, args, constexprs, num_warps, num_stages, case=case):
-            job = specialize(case, arch, kernel, args, constexprs, num_warps, num_stages)
+        def recorder(kernel, grid, args, constexprs, options, case=case):
+            job = specialize(case, arch, kernel, args, constexprs, options)
             jobs.setdefault(job.specialization, job)
 
         try:
@@ -161,21 +159,19 @@ def list_jobs(cases, arch):
     return list(jobs.values())
 
 
-def specialize(case, arch, kernel, args, constexprs, num_warps, num_stages):
+def specialize(case, arch, kernel, args, constexprs, options):
     """The Job of one launch that `case` made, its arguments specialized by Triton's own binder."""
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
     backend = make_backend(target(arch))
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    bound_args, specialization, options = binder(*args, **constexprs, **options)
-    _, signature, constants, attributes = kernel._pack_args(backend, options, bound_args, specialization, options)
+    bound_args, specialization, bound = binder(*args, **constexprs, **options)
+    _, signature, constants, attributes = kernel._pack_args(backend, bound, bound_args, specialization, bound)
     expects = tuple(SPELLINGS[word][arch] for word in case.expects.get(kernel.__name__, ()) if arch in SPELLINGS[word])
     names = case.name, kernel.module, kernel.__name__
-    return Job(
-        arch, *names, signature, constants, attributes, num_warps, num_stages, expects, case.products.get(names[2], 0)
-    )
+    products = case.products.get(kernel.__name__, 0)
+    return Job(arch, *names, signature, constants, attributes, dict(options), expects, products)
 
 
 # ---- in a worker: compile and look -----------------------------------------------------------------------------------
@@ -201,8 +197,7 @@ def _compile(job):
 
     kernel = getattr(importlib.import_module(job.module), job.kernel)
     source = ASTSource(kernel, job.signature, job.constexprs, job.attributes)
-    options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
-    return triton.compile(source, target=target(job.arch), options=options)
+    return triton.compile(source, target=target(job.arch), options=job.options)
 
 
 def _one_line(error):
@@ -248,8 +243,11 @@ def nvidia_facts(cubin, ptx, arch, num_warps, tile_flops=0):
         facts |= {f"cycles_{part}": round(value) for part, value in limit.cycles.items()}
         facts |= {"loop": limit.is_loop, "bound": limit.limit, "peak": limit.peak}
         redundancy = limit.flops / tile_flops if tile_flops and limit.flops else 1.0  # fp32: no tensor cores
-        shares = {"peak_share": limit.share / redundancy, "serial_share": limit.serial_share / redundancy}
+        shares = {"peak_share": limit.share / redundancy}
+        if limit.in_step_share is not None:
+            shares["in_step_share"] = limit.in_step_share / redundancy
         facts |= {name: round(value, 3) for name, value in (shares | {"redundancy": redundancy}).items()}
+        facts["serialized"] = limit.wgmma_waits >= 1
     return facts
 
 
@@ -317,7 +315,8 @@ def spill_ceiling(row, ceilings):
 
 def faults(row, ceilings=None):
     """What keeps a row from being shipped, in words: none if it compiles, spills no more than its ceiling allows, uses
-    the instructions that its case expects, multiplies nothing twice, and fits the architecture's shared memory."""
+    the instructions that its case expects, multiplies nothing twice and without a pause after every product, and fits
+    the architecture's shared memory."""
     if row["status"] != "ok":
         return [row["status"]]
     ceiling = spill_ceiling(row, load_ceilings() if ceilings is None else ceilings)
@@ -328,6 +327,8 @@ def faults(row, ceilings=None):
         found.append(f"lacks {row['missing']}")
     if (row.get("redundancy") or 1.0) > 1.01 and not LENIENT.match(row["case"]):
         found.append(f"does {row['redundancy']:.2g} times the matrix work of its tile")
+    if row.get("serialized"):
+        found.append("waits for every wgmma by itself")
     if row["programs_per_sm"] == 0:
         most = LIMITS[row["arch"]].shared_per_program
         found.append(f"asks for {row['shared']} bytes of shared memory, {row['arch']} has {most}")

@@ -7,8 +7,12 @@
 
 Parts run side by side, so an iteration takes at least the largest of them, and the tensor cores (or, in a kernel with
 no matmul, the memory) reach at most their own cycles / the largest. That is a bound, not a prediction: it knows neither
-latency nor dependences, so it is met only if enough warps are ready to fill every part's gaps. `serial_share` is the
-other end: what is left when matmuls (or memory) and arithmetic take turns.
+latency nor dependences, so it is met only if enough warps are ready to fill every part's gaps.
+
+`in_step` is the other end: one program alone, its warps issuing every instruction together and in the order of the
+code. An instruction waits until its part has finished the one before; only wgmma runs on by itself, from its issue to
+the wait (WARPGROUP.DEPBAR) that asks for it. It tells code that multiplies during its softmax from code that takes
+turns. Several programs on a multiprocessor fill each other's gaps: they reach between `in_step` and the bound.
 
 Operations per cycle and multiprocessor, and where they are from:
 
@@ -65,6 +69,8 @@ RATES = {
     "sm_80": Rates(tensor=2048, mma_sync=1.0, fp32=64, half2=128, bf16x2=64, l2=47.4, memory=13.4),
     "sm_90": Rates(tensor=4096, mma_sync=0.62, fp32=128, half2=128, bf16x2=128, l2=38.8, memory=13.9),
 }
+
+IN_ORDER = ("tensor", "mufu", "fp32", "alu", "shared")  # parts that take a warp's instructions one after the other
 
 MATRIX_OPS = {"HMMA", "HGMMA"}
 FP32_OPS = {"FFMA", "FADD", "FMUL", "FFMA32I", "FADD32I", "FMUL32I"}
@@ -326,6 +332,29 @@ def cycles(instructions, arch, num_warps):
     return {part: value * num_warps for part, value in demand.items()}
 
 
+def in_step(instructions, arch, num_warps):
+    """Cycles of an iteration if one program has the multiprocessor and its warps issue each instruction together."""
+    costs = [cycles([i], arch, num_warps) for i in instructions]
+    clock, wgmma, committed = 0.0, 0.0, []  # when the last wgmma so far is done, and each group of them
+    free = dict.fromkeys(IN_ORDER, 0.0)
+    for _ in range(4):  # until an iteration begins with what the one before left in flight
+        begin = clock
+        for i, cost in zip(instructions, costs, strict=True):
+            if i.op == "HGMMA":
+                wgmma = max(wgmma, clock) + cost["tensor"]
+                if "gsb0" in i.operands:
+                    committed.append(wgmma)
+            elif i.opcode.startswith("WARPGROUP.DEPBAR"):
+                pending = int(i.operands.split(",")[1], 16)
+                clock = max([clock, *committed[: len(committed) - pending]])
+            elif i.op not in GLOBAL_OPS:
+                parts = [part for part in IN_ORDER if cost[part]]
+                clock = max([clock, *(free[part] for part in parts)])
+                free.update({part: clock + cost[part] for part in parts})
+            clock += cost["issue"]
+    return clock - begin
+
+
 def _mma_shape(instruction):
     """(M, N, K) of an HMMA, per warp, or an HGMMA, per group of four warps."""
     shape = instruction.opcode.split(".")[1]
@@ -374,9 +403,10 @@ class Bound:
     limit: str  # the part with the most cycles
     peak: str  # "tensor" or "memory": whose peak `share` speaks of
     share: float  # of that peak, all parts overlapped
-    serial_share: float  # of that peak, if matmuls or memory and arithmetic take turns
+    in_step_share: float | None  # of the tensor peak, one program alone with its warps in step
     flops: float  # that the tensor cores do in an iteration, wanted or not
     is_loop: bool
+    wgmma_waits: float  # per wgmma of the loop: 1 if ptxas made them wait one by one
 
 
 def bound(blocks, arch, num_warps):
@@ -387,9 +417,12 @@ def bound(blocks, arch, num_warps):
     unused = "memory" if peak == "tensor" else "l2"
     parts = {part: value for part, value in demand.items() if part != unused}
     limit = max(parts, key=parts.get)
-    rest = max(demand[part] for part in ("mufu", "fp32", "alu", "issue"))
     largest = parts[limit]
     share = parts[peak] / largest if largest else 0.0
-    serial = min(share, parts[peak] / (parts[peak] + rest)) if largest else 0.0
+    alone = None
+    if peak == "tensor":  # operands from shared memory are in the bound only
+        alone = min(share, parts["tensor"] / in_step(loop.instructions, arch, num_warps))
     flops = num_warps * sum(_mma_flops(i) for i in loop.instructions if i.op in MATRIX_OPS)
-    return Bound(parts, limit, peak, share, serial, flops, loop.is_loop)
+    waits = sum(i.opcode.startswith("WARPGROUP.DEPBAR") for i in loop.instructions)
+    wgmmas = sum(i.op == "HGMMA" for i in loop.instructions)
+    return Bound(parts, limit, peak, share, alone, flops, loop.is_loop, waits / max(1, wgmmas))

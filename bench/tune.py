@@ -30,6 +30,7 @@ ATTENTION_KERNELS = {"forward": "attention_forward_kernel", "dkdv": "dkdv_kernel
 ROW_KERNELS = ("softmax_forward", "softmax_backward", "norm_forward", "norm_backward")
 ROUND_SECONDS = (0.02, 0.1, 0.5)  # of timing per candidate; the last round is for the three fastest
 REACH = 0.8  # of the best bound: a candidate below has no chance
+MOST = 24  # candidates that are timed, those first whose programs fill each other's gaps best
 TOLERANCE = 0.02  # of the largest element: tiles sum in different orders, miscompiled code is far off
 
 
@@ -44,14 +45,24 @@ class Point:
     products: tuple = ()
 
 
-def attention_candidates(arch):
-    """Every tile worth a try on `arch`, as a launch table would hold it."""
+def attention_candidates(kernel, arch):
+    """Every tile of `kernel` worth a try on `arch`, as a launch table would hold it."""
     from kernels._tuning import Tile
 
-    use_tma = arch in compiled.SPELLINGS["tma_load"]
-    stages = (1,) if arch.startswith("gfx") else (2, 3, 4)
-    sizes = itertools.product((64, 128), (32, 64, 128), (4, 8), stages, (False, True))
-    return [Tile(*size, use_tma) for size in sizes]
+    use_tma, amd = arch in compiled.SPELLINGS["tma_load"], arch.startswith("gfx")
+    fewer = {4: 168, 8: 128}  # registers that let one more program in: three of 4 warps, or two of 8
+    found = []
+    for block_q, block_k, warps in itertools.product((64, 128), (32, 64, 128), (4, 8)):
+        forms = [("two", None), ("one", None)]
+        if not amd:
+            forms.append(("two", fewer[warps]))
+        if kernel == "forward":
+            forms.append(("overlap", None if amd else 255))
+        elif not amd:
+            forms.append(("one", fewer[warps]))
+        for stages, form in itertools.product((1,) if amd else (1, 2, 3), forms):
+            found.append(Tile(block_q, block_k, warps, stages, *form, use_tma))
+    return found
 
 
 def row_candidates(n):
@@ -65,19 +76,22 @@ def row_candidates(n):
 
 
 def admit(point, candidates, arch, pool):
-    """Candidates that the compile report admits, the best bound first."""
+    """Candidates that the compile report admits, the most promising first."""
     call = partial(compile_cases.launch, point.prepare)
     calls = [partial(compile_cases.with_tile, point.kernel, tile, call) for tile in candidates]
     cases = [compiled.Case(str(i), call, dict(point.expects), dict(point.products)) for i, call in enumerate(calls)]
     jobs = [job for job in pool.list_jobs(cases, [arch]) if _belongs(job.kernel, point.kernel)]
-    share, faulty = {}, set()
+    reach, faulty = {}, set()
     for row in tqdm(pool.compile(jobs), total=len(jobs), desc=f"compile {point.kernel} {point.size}", disable=None):
         i = int(row["case"])
         if compiled.faults(row, {}):
             faulty.add(i)
-        share[i] = min(share.get(i, 1.0), row.get("peak_share", 1.0))
-    good = sorted((i for i in share if i not in faulty), key=lambda i: -share[i])
-    return [candidates[i] for i in good if share[i] >= REACH * share[good[0]]]
+        bound, programs = row.get("peak_share", 1.0), row.get("programs_per_sm", 1)
+        together = min(bound, programs * row.get("in_step_share", bound))
+        reach[i] = min(reach.get(i, (1.0, 1.0)), (bound, together))
+    good = sorted((i for i in reach if i not in faulty), key=lambda i: reach[i][::-1], reverse=True)
+    best = max((reach[i][0] for i in good), default=0.0)
+    return [candidates[i] for i in good if reach[i][0] >= REACH * best][:MOST]
 
 
 def _belongs(compiled_name, kernel):
@@ -137,7 +151,10 @@ def points(args):
     for kernel in args.kernel:
         if kernel in ATTENTION_KERNELS:
             for head_dim in args.head_dim:
-                call = partial(compile_cases.prepare_attention, dtype, head_dim, args.dropout)
+                part = "forward" if kernel == "forward" else "backward"
+                call = partial(
+                    compile_cases.prepare_attention, dtype, head_dim, args.dropout, tokens=args.seq, part=part
+                )
                 expects = compile_cases.ATTENTION_EXPECTS if args.dtype != "fp32" else {}
                 products = compile_cases.PRODUCTS
                 found.append(Point(kernel, head_dim, call, tuple(expects.items()), tuple(products.items())))
@@ -152,7 +169,7 @@ def points(args):
 def row_text(point, tile):
     """A line for the tables of kernels/_tuning.py."""
     if point.kernel in ATTENTION_KERNELS:
-        return f"{point.kernel} D = {point.size}: {tuple(tile[:5])}"
+        return f"{point.kernel} D = {point.size}: {tuple(tile[:6])}"
     return f"{point.kernel} N <= {point.size}: ({point.size}, {tile.rows * tile.block_n}, {tile.num_warps})"
 
 
@@ -166,7 +183,7 @@ def tune(args, device):
     with compiled.Workers(args.jobs or environment.os.cpu_count()) as pool:
         for point in points(args):
             attention = point.kernel in ATTENTION_KERNELS
-            candidates = attention_candidates(arch) if attention else row_candidates(point.size)
+            candidates = attention_candidates(point.kernel, arch) if attention else row_candidates(point.size)
             admitted = admit(point, candidates, arch, pool)
             print(f"{point.kernel} {point.size}: {len(admitted)} of {len(candidates)} candidates admitted")
             for ms, tile in search(admitted, GpuTimer(point, device)):
@@ -182,6 +199,7 @@ def main(argv=None):
     kernels = (*ATTENTION_KERNELS, *ROW_KERNELS)
     p.add_argument("--kernel", type=command.one_of(kernels), default=list(ATTENTION_KERNELS), metavar="NAME,...")
     p.add_argument("--head-dim", type=command.positives, default=[64, 128], metavar="D,...", help="default: 64,128")
+    p.add_argument("--seq", type=command.positive, default=1024, metavar="T", help="of attention; default: 1024")
     p.add_argument("--length", type=command.positives, default=[768, 1024, 4096], metavar="N,...", help="of rows")
     p.add_argument("--dtype", choices=list(compile_cases.DTYPES), default="bf16")
     p.add_argument("--dropout", type=float, default=0.0)

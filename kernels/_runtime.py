@@ -87,8 +87,8 @@ def multiprocessors(device):
 @contextlib.contextmanager
 def record_launches(target_arch, recorder):
     """Inside, launchers choose their tables for `target_arch` and every launch goes to
-    `recorder(kernel, grid, args, constexprs, num_warps, num_stages)` instead of a device. With tensors on the meta
-    device this lists what would be compiled for any GPU, on any machine."""
+    `recorder(kernel, grid, args, constexprs, options)` instead of a device. With tensors on the meta device this lists
+    what would be compiled for any GPU, on any machine."""
     tokens = _target_arch.set(target_arch), _recorder.set(recorder)
     try:
         yield
@@ -97,10 +97,14 @@ def record_launches(target_arch, recorder):
         _recorder.reset(tokens[1])
 
 
-def launch(kernel, grid, *args, num_warps=4, num_stages=2, **constexprs):
-    """Run `kernel` over `grid` (a tuple): positional run-time arguments, then constexprs by name."""
+def launch(kernel, grid, *args, num_warps=4, num_stages=2, maxnreg=None, **constexprs):
+    """Run `kernel` over `grid` (a tuple): positional run-time arguments, then constexprs by name. `maxnreg`: registers
+    that a thread may use, if the compiler is not to decide."""
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if maxnreg is not None:
+        options["maxnreg"] = maxnreg
     if (recorder := _recorder.get()) is not None:
-        recorder(kernel, grid, args, constexprs, num_warps, num_stages)
+        recorder(kernel, grid, args, constexprs, options)
         return
     if 0 in grid:
         return
@@ -110,7 +114,7 @@ def launch(kernel, grid, *args, num_warps=4, num_stages=2, **constexprs):
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     guard = torch.cuda.device(device) if device.index != torch.cuda.current_device() else contextlib.nullcontext()
     with guard:
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+        kernel[grid](*args, **options, **constexprs)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ class Tile(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
-    one_loop: bool = False  # mask every block in one loop: fewer registers than a masked loop and a plain one
+    loops: str = "two"  # see below
+    maxnreg: int | None = None  # see below
     use_tma: bool = False  # tensor descriptors wherever strides allow
 
 
@@ -59,61 +60,65 @@ HEAD_DIMS = (64, 128, 256)  # the columns below: up to 64, to 128, to 256
 # The interpreter pays per program and per operation, hardly per element: few, large tiles.
 INTERPRET = Tile(128, 128, 4, 1, use_tma=True)
 
-# A tile is (block_q, block_k, warps, stages) and, where two loops would spill, one_loop.
+# A tile is (block_q, block_k, warps, stages) and how it walks over its blocks, if not in two loops, masked and whole:
+#   "one"      masks every block in one loop: fewer registers than two loops
+#   "overlap"  (forward) multiplies for the next block's scores during this one's softmax: more registers
+# Last comes, where the compiler is not to decide, how many registers a thread may use. Fewer let one more program in.
+# More, up to 255, let ptxas move arithmetic up among the matmuls; on its own it would rather save registers.
 # fp32 dots run as FFMA loops that keep their operands in registers: only small tiles avoid spills.
 ATTENTION = {
     "forward": {
-        "fp32": _pointers((16, 32, 4, 2), (32, 32, 8, 1), (16, 32, 8, 1)),
-        "sm_80": _pointers((128, 64, 4, 3, True), (128, 64, 8, 2, True), (64, 32, 4, 2, True)),
-        "sm_86": _pointers((128, 64, 4, 3, True), (128, 64, 8, 3, True), (64, 32, 8, 2)),
-        "sm_90": _tma((128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
+        "fp32": _pointers((16, 32, 4, 2), (16, 32, 8, 1, "one"), (16, 32, 8, 1, "one")),
+        "sm_80": _pointers((128, 64, 4, 3, "one"), (128, 32, 8, 3, "overlap"), (64, 32, 4, 2, "one")),
+        "sm_86": _pointers((128, 64, 4, 3, "one"), (128, 32, 8, 3, "overlap"), (64, 32, 8, 2)),
+        "sm_90": _tma((128, 64, 4, 3), (128, 64, 8, 2, "overlap", 255), (128, 32, 8, 2, "overlap", 255)),
         "pointers": _pointers((128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2)),
         "sm_100": _tma((128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
         "gfx942": _pointers((128, 64, 4, 1), (128, 64, 8, 1), (64, 32, 8, 1)),
     },
     "forward with dropout": {
-        "fp32": _pointers((16, 32, 4, 2), (32, 32, 8, 1), (16, 32, 8, 1)),
-        "sm_80": _pointers((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 2, True)),
+        "fp32": _pointers((16, 32, 4, 2), (16, 32, 8, 1, "one"), (16, 32, 8, 1, "one")),
+        "sm_80": _pointers((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 2, "one")),
         "sm_86": _pointers((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
-        "sm_90": _tma((128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
+        "sm_90": _tma((128, 64, 4, 3), (128, 64, 8, 2, "overlap", 255), (128, 32, 8, 2, "overlap", 255)),
         "pointers": _pointers((128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2)),
-        "sm_100": _tma((128, 64, 4, 3), (128, 128, 8, 2, True), (128, 64, 8, 2, True)),
-        "gfx942": _pointers((128, 64, 4, 1), (128, 64, 8, 1, True), (64, 32, 8, 1)),
+        "sm_100": _tma((128, 64, 4, 3), (128, 128, 8, 2, "one"), (128, 64, 8, 2, "one")),
+        "gfx942": _pointers((128, 64, 4, 1), (128, 64, 8, 1, "one"), (64, 32, 8, 1)),
     },
     "dkdv": {
-        "fp32": _pointers((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+        "fp32": _pointers((32, 32, 8, 1), (16, 16, 8, 1, "one"), (16, 16, 8, 1, "one")),
         "sm_80": _pointers((32, 128, 8, 2), (16, 128, 8, 2), (32, 64, 8, 1)),
         "sm_86": _pointers((32, 128, 8, 2), (16, 128, 8, 2), (16, 64, 8, 1)),
-        "sm_90": _tma((64, 64, 4, 2), (64, 128, 8, 2, True), (32, 64, 8, 1, True)),
-        "pointers": _pointers((64, 128, 8, 2), (32, 128, 8, 1, True), (32, 64, 8, 1, True)),
-        "sm_100": _tma((64, 128, 8, 2, True), (64, 64, 8, 2, True), (64, 64, 8, 1, True)),
-        "gfx942": _pointers((64, 128, 8, 1, True), (32, 64, 8, 1), (16, 64, 8, 1)),
+        "sm_90": _tma((64, 64, 4, 2), (64, 128, 8, 2, "one"), (32, 64, 8, 1, "one")),
+        "pointers": _pointers((64, 128, 8, 2), (32, 128, 8, 1, "one"), (32, 64, 8, 1, "one")),
+        "sm_100": _tma((64, 128, 8, 2, "one"), (64, 64, 8, 2, "one"), (64, 64, 8, 1, "one")),
+        "gfx942": _pointers((64, 128, 8, 1, "one"), (32, 64, 8, 1), (16, 64, 8, 1)),
     },
     "dkdv with dropout": {
-        "fp32": _pointers((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
-        "sm_80": _pointers((32, 128, 8, 2, True), (16, 64, 4, 2, True), (32, 64, 8, 1)),
-        "sm_86": _pointers((32, 128, 8, 2, True), (16, 64, 4, 2, True), (16, 64, 8, 1)),
-        "sm_90": _tma((64, 128, 8, 2), (32, 128, 8, 2, True), (32, 64, 8, 1, True)),
-        "pointers": _pointers((64, 128, 8, 2, True), (16, 128, 8, 2, True), (32, 64, 8, 1, True)),
-        "sm_100": _tma((64, 64, 8, 2), (64, 64, 8, 2, True), (64, 64, 8, 1, True)),
-        "gfx942": _pointers((64, 128, 8, 1, True), (32, 64, 8, 1, True), (16, 64, 8, 1, True)),
+        "fp32": _pointers((32, 32, 8, 1), (16, 16, 8, 1, "one"), (16, 16, 8, 1, "one")),
+        "sm_80": _pointers((32, 128, 8, 2, "one"), (16, 128, 8, 1, "one"), (32, 64, 8, 1)),
+        "sm_86": _pointers((32, 128, 8, 2, "one"), (16, 128, 8, 1, "one"), (16, 64, 8, 1)),
+        "sm_90": _tma((64, 64, 4, 2), (32, 64, 4, 1, "one"), (32, 64, 8, 1, "one")),
+        "pointers": _pointers((64, 128, 8, 2, "one"), (16, 128, 8, 2, "one"), (32, 64, 8, 1, "one")),
+        "sm_100": _tma((64, 64, 8, 2, "one"), (64, 64, 8, 2, "one"), (64, 64, 8, 1, "one")),
+        "gfx942": _pointers((64, 128, 8, 1, "one"), (16, 64, 8, 1, "one"), (16, 64, 8, 1, "one")),
     },
     "dq": {
-        "fp32": _pointers((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+        "fp32": _pointers((32, 32, 8, 1), (16, 16, 8, 1, "one"), (16, 16, 8, 1, "one")),
         "sm_80": _pointers((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
         "sm_86": _pointers((128, 64, 8, 2), (128, 32, 8, 2), (64, 16, 8, 1)),
-        "sm_90": _tma((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1, True)),
+        "sm_90": _tma((128, 64, 8, 2, "one", 128), (128, 128, 8, 2), (128, 64, 8, 1, "one")),
         "pointers": _pointers((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
-        "sm_100": _tma((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1, True)),
+        "sm_100": _tma((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1, "one")),
         "gfx942": _pointers((128, 64, 8, 1), (64, 64, 4, 1), (64, 16, 8, 1)),
     },
     "dq with dropout": {
-        "fp32": _pointers((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
-        "sm_80": _pointers((128, 64, 8, 2, True), (128, 32, 8, 2), (64, 32, 8, 1)),
-        "sm_86": _pointers((128, 64, 8, 2, True), (128, 32, 8, 2), (64, 16, 8, 1)),
-        "sm_90": _tma((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1, True)),
+        "fp32": _pointers((32, 32, 8, 1), (16, 16, 8, 1, "one"), (16, 16, 8, 1, "one")),
+        "sm_80": _pointers((128, 64, 8, 2, "one"), (128, 32, 8, 1, "one"), (64, 32, 8, 1)),
+        "sm_86": _pointers((128, 64, 8, 2, "one"), (128, 32, 8, 1, "one"), (64, 16, 8, 1)),
+        "sm_90": _tma((64, 64, 4, 2), (64, 64, 4, 2), (128, 32, 8, 1, "one")),
         "pointers": _pointers((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
-        "sm_100": _tma((128, 64, 8, 2), (128, 64, 8, 2, True), (64, 64, 8, 1, True)),
+        "sm_100": _tma((128, 64, 8, 2), (128, 64, 8, 2, "one"), (64, 64, 8, 1, "one")),
         "gfx942": _pointers((128, 64, 8, 1), (64, 64, 4, 1), (64, 16, 8, 1)),
     },
     "decode": {

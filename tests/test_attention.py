@@ -55,8 +55,17 @@ def test_matches_the_reference_on_more_shapes(call, device):
     check(call, device)
 
 
-@pytest.mark.parametrize("tile", [(16, 64, True, True), (64, 16, False, False), (32, 32, False, True)], ids=str)
-def test_every_tile_size_way_of_loading_and_number_of_loops(tile, device, monkeypatch):
+TILE_SIZES = [
+    (16, 64, True, "one"),
+    (64, 16, False, "two"),
+    (32, 32, False, "one"),
+    (64, 32, True, "overlap"),
+    (16, 32, False, "overlap"),
+]
+
+
+@pytest.mark.parametrize("tile", TILE_SIZES, ids=str)
+def test_every_tile_size_and_way_of_loading_and_looping(tile, device, monkeypatch):
     use_tile(monkeypatch, *tile)
     check(Call(H=2, Hkv=1, Tq=75, Tk=101, D=24, dtype=bf16, dropout_p=0.3), device)
     check(Call(H=1, Hkv=1, Tq=101, Tk=101, D=24, window=37, docs=(0, 20, 70, 101)), device)
@@ -92,7 +101,9 @@ def _draw_calls(examples):
     )
 
 
-TILES = st.sampled_from([(128, 128, True, True), (64, 128, True, False), (128, 32, False, False)])
+TILES = st.sampled_from(
+    [(128, 128, True, "one"), (64, 128, True, "two"), (128, 32, False, "two"), (128, 64, True, "overlap")]
+)
 
 
 @_draw_calls(6)

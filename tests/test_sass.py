@@ -77,7 +77,44 @@ def test_cycles_of_a_hopper_iteration_counted_by_hand():
     )
     limit = sass.bound(blocks, "sm_90", num_warps=8)
     assert (limit.limit, limit.peak, limit.share, limit.is_loop) == ("tensor", "tensor", 1.0, True)
-    assert limit.serial_share == pytest.approx(192 / (192 + 24))
+    assert limit.in_step_share == 1.0, "nothing waits for the products"
+
+
+SOFTMAX_LOOP = """
+.text.toy:
+.L_x_0:
+        /*0000*/                   WARPGROUP.ARRIVE ;
+        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR20], R24, gsb0 ;
+{before}
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, {pending} ;
+{after}
+        /*0050*/               @P2 BRA `(.L_x_0) ;
+        /*0060*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "pending", "after", "expected"),
+    [
+        # 8 warps, 2 cycles an instruction. The product takes 64 from cycle 2; a second MUFU waits for the first's 16.
+        ("", "0x0", "", 2 + 64 + 2 + 2),
+        ("", "0x0", "MUFU MUFU", 2 + 64 + 2 + 16 + 2 + 2),
+        ("MUFU MUFU", "0x0", "", 2 + 64 + 2 + 2),
+        ("MUFU MUFU MUFU MUFU MUFU", "0x0", "FADD", 5 * 16),  # more of them than the product hides
+        ("MUFU", "0x1", "MUFU", 64),  # it waits for the product of the iteration before: back to back
+    ],
+)
+def test_in_step_hides_what_stands_between_a_product_and_its_wait(before, pending, after, expected):
+    lines = [
+        "\n".join(f"        /*00{i}{j:x}*/                   {op}.X R1, R2 ;" for j, op in enumerate(ops.split()))
+        for i, ops in ((2, before), (4, after))
+    ]
+    blocks = sass.parse(SOFTMAX_LOOP.format(before=lines[0], pending=pending, after=lines[1]))
+    loop = sass.hottest_loop(blocks, "sm_90")
+    assert sass.in_step(loop.instructions, "sm_90", num_warps=8) == pytest.approx(expected)
+    limit = sass.bound(blocks, "sm_90", num_warps=8)
+    assert limit.in_step_share == pytest.approx(min(1.0, 64 / expected))
+    assert limit.wgmma_waits == 1.0
 
 
 AMPERE_LOOP = """

@@ -47,9 +47,16 @@ def test_candidates_are_tiles_of_the_table():
     pytest.importorskip("triton")
     from kernels import _tuning
 
-    attention = tune.attention_candidates("sm_90")
-    assert all(tile.use_tma for tile in attention) and not any(t.use_tma for t in tune.attention_candidates("sm_80"))
-    assert {t.num_stages for t in tune.attention_candidates("gfx942")} == {1}
+    forward, dq = (tune.attention_candidates(kernel, "sm_90") for kernel in ("forward", "dq"))
+    assert {tile.loops for tile in forward} == {"two", "one", "overlap"} and {tile.loops for tile in dq} == {
+        "two",
+        "one",
+    }
+    assert all(tile.use_tma for tile in dq) and not any(t.use_tma for t in tune.attention_candidates("dq", "sm_80"))
+    assert {(t.num_stages, t.maxnreg) for t in tune.attention_candidates("dq", "gfx942")} == {(1, None)}
+    for kernel in ("forward", "dkdv", "dq"):
+        shipped = [_tuning.attention_tile(kernel, "sm_90", head_dim, 2) for head_dim in (64, 128)]
+        assert set(shipped) <= set(tune.attention_candidates(kernel, "sm_90"))
     rows = tune.row_candidates(768)
     assert all(tile.block_n == 1024 and tile.holds_row for tile in rows)
     assert {8, 64} <= {tile.rows * 1024 // (32 * tile.num_warps) for tile in rows}
@@ -65,6 +72,21 @@ def test_a_point_runs_with_the_tile_it_is_given():
     )
     assert seen[0] is tile and seen[1] is not tile
     assert _tuning.attention_tile("dq", "sm_90", 64, 2) is not tile, "and only while it runs"
+
+
+@pytest.mark.parametrize(
+    ("part", "kernels"),
+    [("forward", ["attention_forward_kernel"]), ("backward", ["delta_kernel", "dkdv_kernel", "dq_kernel"])],
+)
+def test_attention_is_timed_by_half(part, kernels):
+    from kernels._runtime import record_launches
+
+    launched = []
+    with record_launches("sm_90", lambda kernel, *_: launched.append(kernel.__name__)):
+        run = compile_cases.prepare_attention("bfloat16", 64, tokens=4096, part=part)
+        launched.clear()
+        run()
+    assert launched == kernels
 
 
 def test_only_what_the_report_admits_is_timed(tmp_path):

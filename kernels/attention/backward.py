@@ -85,13 +85,14 @@ def accumulate_dkdv(
         q = load_tile(q_src, b, h, start_q, stride_qt, Tq, HEAD_DIM, BLOCK_Q, BLOCK_D, USE_TMA, True)
         lse_log2 = tl.load(lse_ptr + offs_q, mask=exists, other=0.0) * LOG2E
         s_t = dot(k, q.trans(1, 0), None, INPUT_PRECISION)  # (BLOCK_K, BLOCK_Q)
+        dout = load_tile(dout_src, b, h, start_q, stride_gt, Tq, HEAD_DIM, BLOCK_Q, BLOCK_D, USE_TMA, True)
+        # dp before p: tensor cores multiply for it during the exponentials.
+        dp_t = dot(v, dout.trans(1, 0), None, INPUT_PRECISION)  # (BLOCK_K, BLOCK_Q)
         p_t = tl.exp2(s_t * scale_log2 - lse_log2[None, :])
         if MASKED:
             first = first_key(offs_q, doc_start_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS)
             seen = visible(offs_q[None, :], offs_k[:, None], first[None, :], Tq, Tk, HAS_WINDOW or HAS_DOCS)
             p_t = tl.where(seen, p_t, 0.0)
-        dout = load_tile(dout_src, b, h, start_q, stride_gt, Tq, HEAD_DIM, BLOCK_Q, BLOCK_D, USE_TMA, True)
-        dp_t = dot(v, dout.trans(1, 0), None, INPUT_PRECISION)  # (BLOCK_K, BLOCK_Q)
         kept_p_t = p_t
         if HAS_DROPOUT:
             keep = keep_mask_transposed(key, counter, bh, offs_q, start_k, threshold, BLOCK_K)
@@ -169,12 +170,12 @@ def accumulate_dq(
         offs_k = start_k + tl.arange(0, BLOCK_K)
         k = load_tile(k_src, b, h_kv, start_k, stride_kt, Tk, HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, MASKED)
         s = dot(q, k.trans(1, 0), None, INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
+        v = load_tile(v_src, b, h_kv, start_k, stride_vt, Tk, HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, MASKED)
+        dp = dot(dout, v.trans(1, 0), None, INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
         p = tl.exp2(s * scale_log2 - lse_log2[:, None])
         if MASKED:
             seen = visible(offs_q[:, None], offs_k[None, :], first[:, None], Tq, Tk, HAS_FIRST)
             p = tl.where(seen, p, 0.0)
-        v = load_tile(v_src, b, h_kv, start_k, stride_vt, Tk, HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, MASKED)
-        dp = dot(dout, v.trans(1, 0), None, INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
         if HAS_DROPOUT:
             keep = keep_mask(key, counter, bh, offs_q, start_k, threshold, BLOCK_K)
             dp = tl.where(keep, dp * rescale, 0.0)
@@ -266,8 +267,8 @@ def attention_backward(
         *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
         H, Hkv, Tq, Tk, B * Hkv, num_blocks, heads_per_section(B * Hkv, q, 1, H // Hkv), window,
         scale, scale * LOG2_E, threshold, rescale,
-        BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, USE_TMA=tile.use_tma, ONE_LOOP=tile.one_loop,
-        GROUP=H // Hkv, **flags, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, USE_TMA=tile.use_tma, ONE_LOOP=tile.loops == "one",
+        GROUP=H // Hkv, **flags, num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg,
     )  # fmt: skip
 
     dq = empty_heads(B, H, Tq, D, like=q)
@@ -279,7 +280,7 @@ def attention_backward(
         *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dq),
         H, H // Hkv, Tq, Tk, B * H, num_blocks, heads_per_section(B * H, k, H // Hkv), window,
         scale, scale * LOG2_E, threshold, rescale,
-        BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, USE_TMA=tile.use_tma, ONE_LOOP=tile.one_loop, **flags,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, USE_TMA=tile.use_tma, ONE_LOOP=tile.loops == "one", **flags,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg,
     )  # fmt: skip
     return dq, dk, dv

@@ -132,7 +132,7 @@ def attention_decode(q, k, v, scale, window=0, num_spans=None):
         H, Hkv, Tq, Tk, span, num_spans, window, scale * LOG2_E,
         HEAD_DIM=D, ROWS=rows, BLOCK_K=tile.block_k, BLOCK_D=block_d, USE_TMA=tile.use_tma,
         HAS_WINDOW=window > 0, INPUT_PRECISION=_runtime.fp32_precision(q.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg,
     )  # fmt: skip
     out = empty_heads(B, H, Tq, D, like=q)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)

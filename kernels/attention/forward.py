@@ -52,6 +52,35 @@ def online_softmax_update(s, m, l, acc, scale_log2):
 
 
 @triton.jit
+def scores(
+    q, k_src, stride_kt, b, h_kv, start_k, Tk,
+    HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr,
+    CHECK_ROWS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """<q_i, k_j> for the block of keys at start_k, (BLOCK_Q, BLOCK_K)."""
+    k = load_tile(k_src, b, h_kv, start_k, stride_kt, Tk, HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, CHECK_ROWS)
+    return dot(q, k.trans(1, 0), None, INPUT_PRECISION)
+
+
+@triton.jit
+def absorb(
+    s, m, l, acc, v_src, stride_vt, offs_q, first, b, h_kv, bh, start_k, Tq, Tk, scale_log2, key, counter, threshold,
+    HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr, MASKED: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Softmax of one block's scores s, and its values into acc."""
+    if MASKED:
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        seen = visible(offs_q[:, None], offs_k[None, :], first[:, None], Tq, Tk, HAS_FIRST)
+        s = tl.where(seen, s, float("-inf"))
+    p, m, l, acc = online_softmax_update(s, m, l, acc, scale_log2)
+    if HAS_DROPOUT:
+        p = tl.where(keep_mask(key, counter, bh, offs_q, start_k, threshold, BLOCK_K), p, 0.0)
+    v = load_tile(v_src, b, h_kv, start_k, stride_vt, Tk, HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, MASKED)
+    return m, l, dot(cast(p, v.dtype), v, acc, INPUT_PRECISION)  # (BLOCK_Q, BLOCK_D)
+
+
+@triton.jit
 def attend(
     m, l, acc, q, k_src, v_src, stride_kt, stride_vt, offs_q, first, b, h_kv, bh,
     start, whole, cut, end, Tq, Tk, scale_log2, key, counter, threshold,
@@ -63,18 +92,43 @@ def attend(
     first_k, last_k, leap_at, leap = walk(start, whole, cut, end, MASKED, ONE_LOOP)
     for position in tl.range(first_k, last_k, BLOCK_K):
         start_k = position + tl.where(position >= leap_at, leap, 0)
-        k = load_tile(k_src, b, h_kv, start_k, stride_kt, Tk, HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, MASKED)
-        s = dot(q, k.trans(1, 0), None, INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
-        if MASKED:
-            offs_k = start_k + tl.arange(0, BLOCK_K)
-            seen = visible(offs_q[:, None], offs_k[None, :], first[:, None], Tq, Tk, HAS_FIRST)
-            s = tl.where(seen, s, float("-inf"))
-        p, m, l, acc = online_softmax_update(s, m, l, acc, scale_log2)
-        if HAS_DROPOUT:
-            p = tl.where(keep_mask(key, counter, bh, offs_q, start_k, threshold, BLOCK_K), p, 0.0)
-        v = load_tile(v_src, b, h_kv, start_k, stride_vt, Tk, HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, MASKED)
-        acc = dot(cast(p, v.dtype), v, acc, INPUT_PRECISION)  # (BLOCK_Q, BLOCK_D)
+        s = scores(
+            q, k_src, stride_kt, b, h_kv, start_k, Tk, HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, MASKED, INPUT_PRECISION
+        )
+        m, l, acc = absorb(
+            s, m, l, acc, v_src, stride_vt, offs_q, first, b, h_kv, bh, start_k, Tq, Tk,
+            scale_log2, key, counter, threshold,
+            HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, MASKED, HAS_FIRST, HAS_DROPOUT, INPUT_PRECISION,
+        )  # fmt: skip
     return m, l, acc
+
+
+@triton.jit
+def attend_overlapped(
+    m, l, acc, q, k_src, v_src, stride_kt, stride_vt, offs_q, first, b, h_kv, bh,
+    whole, cut, Tq, Tk, scale_log2, key, counter, threshold,
+    HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to the blocks in [whole, cut) and to the one at cut, each with the next one's scores on their way: the
+    tensor cores multiply while the other units take exponentials (Shah et al., "FlashAttention-3", 2024, algorithm 2).
+    """
+    s = scores(q, k_src, stride_kt, b, h_kv, whole, Tk, HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, True, INPUT_PRECISION)
+    for start_k in tl.range(whole, cut, BLOCK_K):
+        s_next = scores(
+            q, k_src, stride_kt, b, h_kv, start_k + BLOCK_K, Tk,
+            HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, True, INPUT_PRECISION,
+        )  # fmt: skip
+        m, l, acc = absorb(
+            s, m, l, acc, v_src, stride_vt, offs_q, first, b, h_kv, bh, start_k, Tq, Tk,
+            scale_log2, key, counter, threshold,
+            HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, False, HAS_FIRST, HAS_DROPOUT, INPUT_PRECISION,
+        )  # fmt: skip
+        s = s_next
+    return absorb(
+        s, m, l, acc, v_src, stride_vt, offs_q, first, b, h_kv, bh, cut, Tq, Tk, scale_log2, key, counter, threshold,
+        HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, True, HAS_FIRST, HAS_DROPOUT, INPUT_PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -84,8 +138,8 @@ def attention_forward_kernel(
     stride_ob, stride_oh, stride_ot,
     H, GROUP, Tq, Tk, num_heads, num_blocks, heads_per_section, window, scale_log2, threshold, rescale,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr,
-    ONE_LOOP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    ONE_LOOP: tl.constexpr, OVERLAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, bh = schedule(num_blocks, num_heads, heads_per_section)
     b, h = bh // H, bh % H
@@ -107,10 +161,18 @@ def attention_forward_kernel(
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
 
     start, whole, cut, end = key_ranges(start_q, doc_start_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS, BLOCK_Q, BLOCK_K)
-    for WHOLE in tl.static_range(1 if ONE_LOOP else 2):  # the blocks cut by an edge, then the others
+    after = cut  # the first block past those that were taken without a mask
+    if OVERLAP:
+        m, l, acc = attend_overlapped(
+            m, l, acc, q, k_src, v_src, stride_kt, stride_vt, offs_q, first, b, h_kv, bh,
+            whole, cut, Tq, Tk, scale_log2, key, counter, threshold,
+            HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, HAS_FIRST, HAS_DROPOUT, INPUT_PRECISION,
+        )  # fmt: skip
+        after = tl.minimum(cut + BLOCK_K, end)
+    for WHOLE in tl.static_range(1 if ONE_LOOP or OVERLAP else 2):  # the blocks cut by an edge, then the others
         m, l, acc = attend(
             m, l, acc, q, k_src, v_src, stride_kt, stride_vt, offs_q, first, b, h_kv, bh,
-            start, whole, cut, end, Tq, Tk, scale_log2, key, counter, threshold,
+            start, whole, after, end, Tq, Tk, scale_log2, key, counter, threshold,
             HEAD_DIM, BLOCK_K, BLOCK_D, USE_TMA, ONE_LOOP, WHOLE == 0, HAS_FIRST, HAS_DROPOUT, INPUT_PRECISION,
         )  # fmt: skip
 
@@ -136,9 +198,9 @@ def attention_forward(q, k, v, scale, dropout_p=0.0, rng=None, window=0, doc_sta
         H, H // Hkv, Tq, Tk, B * H, num_blocks, heads_per_section(B * H, k, H // Hkv), window,
         scale * LOG2_E, threshold, rescale,
         HEAD_DIM=D, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, BLOCK_D=padded_head_dim(D),
-        USE_TMA=tile.use_tma, ONE_LOOP=tile.one_loop,
+        USE_TMA=tile.use_tma, ONE_LOOP=tile.loops == "one", OVERLAP=tile.loops == "overlap",
         HAS_WINDOW=window > 0, HAS_DOCS=doc_start is not None, HAS_DROPOUT=dropout_p > 0.0,
         DTYPE=_runtime.TL_DTYPES[q.dtype], INPUT_PRECISION=_runtime.fp32_precision(q.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg,
     )  # fmt: skip
     return out, lse
