@@ -31,7 +31,6 @@ TMA = ("tensor", "tma_load", "tma_store")
 ATTENTION_EXPECTS = {"attention_forward_kernel": TMA, "dkdv_kernel": TMA, "dq_kernel": TMA}
 PRODUCTS = {"attention_forward_kernel": 2, "dkdv_kernel": 4, "dq_kernel": 3}  # per block of queries and keys
 POINTER_EXPECTS = dict.fromkeys(ATTENTION_EXPECTS, ("tensor",))
-TF32_EXPECTS = dict.fromkeys(ATTENTION_EXPECTS, ("mma",))
 
 
 def cases():
@@ -90,7 +89,7 @@ def attention_cases():
     for head_dim in (64, 128):
         add("bf16", head_dim, "lse", ATTENTION_EXPECTS, lse_gradient=True)
         add("bf16", head_dim, "pointers", POINTER_EXPECTS, padding=1)
-        add("fp32", head_dim, "tf32", TF32_EXPECTS, tf32=True)
+        add("fp32", head_dim, "tf32", POINTER_EXPECTS, tf32=True)
     return found
 
 

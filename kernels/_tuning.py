@@ -34,14 +34,17 @@ class Tile(NamedTuple):
     use_tma: bool = False  # tensor descriptors wherever strides allow
 
 
-def attention_tile(kernel, arch, head_dim, dtype_bytes, dropout=False, descriptors=True):
+def attention_tile(kernel, arch, head_dim, dtype_bytes, dropout=False, descriptors=True, tf32=False):
     """Tile of `kernel` ("forward", "dkdv", "dq", "decode") for a head dimension of 8 to 256 in 2- or 4-byte floats.
     Without `descriptors`, for strides that no tensor map can take, architectures that would use them have rows of their
-    own: pointers need registers that the others have spent."""
+    own: pointers need registers that the others have spent. fp32 has one row for all architectures, and one with `tf32`
+    products, which asks for more shared memory than sm_86 has."""
     if arch == "interpret":
         return INTERPRET._replace(use_tma=descriptors)
     tables = ATTENTION[f"{kernel} with dropout" if dropout else kernel]
-    key = "fp32" if dtype_bytes == 4 else table_arch(arch, tables)
+    key = table_arch(arch, tables)
+    if dtype_bytes == 4:
+        key = "tf32" if tf32 and "tf32" in tables and key != "sm_86" else "fp32"
     row = tables["pointers" if tables[key][0].use_tma and not descriptors else key]
     return row[next(i for i, longest in enumerate(HEAD_DIMS) if head_dim <= longest)]
 
@@ -69,6 +72,7 @@ INTERPRET = Tile(128, 128, 4, 1, use_tma=True)
 ATTENTION = {
     "forward": {
         "fp32": _pointers((16, 32, 4, 2), (16, 32, 8, 1, "one"), (16, 32, 8, 1, "one")),
+        "tf32": _pointers((128, 32, 8, 1), (128, 32, 8, 2), (16, 32, 8, 1, "one")),
         "sm_80": _pointers((128, 64, 4, 3, "one"), (128, 32, 8, 3, "overlap"), (64, 32, 4, 2, "one")),
         "sm_86": _pointers((128, 64, 4, 3, "one"), (128, 32, 8, 3, "overlap"), (64, 32, 8, 2)),
         "sm_90": _tma((128, 64, 4, 3), (128, 64, 8, 2, "overlap", 255), (128, 32, 8, 2, "overlap", 255)),
@@ -78,6 +82,7 @@ ATTENTION = {
     },
     "forward with dropout": {
         "fp32": _pointers((16, 32, 4, 2), (16, 32, 8, 1, "one"), (16, 32, 8, 1, "one")),
+        "tf32": _pointers((128, 32, 8, 1), (128, 32, 8, 2), (16, 32, 8, 1, "one")),
         "sm_80": _pointers((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 2, "one")),
         "sm_86": _pointers((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
         "sm_90": _tma((128, 64, 4, 3), (128, 64, 8, 2, "overlap", 255), (128, 32, 8, 2, "overlap", 255)),
@@ -87,6 +92,7 @@ ATTENTION = {
     },
     "dkdv": {
         "fp32": _pointers((32, 32, 8, 1), (16, 16, 8, 1, "one"), (16, 16, 8, 1, "one")),
+        "tf32": _pointers((32, 64, 4, 1, "one"), (16, 128, 8, 1, "one"), (16, 16, 8, 1, "one")),
         "sm_80": _pointers((32, 128, 8, 2), (16, 128, 8, 2), (32, 64, 8, 1)),
         "sm_86": _pointers((32, 128, 8, 2), (16, 128, 8, 2), (16, 64, 8, 1)),
         "sm_90": _tma((64, 64, 4, 2), (64, 128, 8, 2, "one"), (32, 64, 8, 1, "one")),
@@ -96,6 +102,7 @@ ATTENTION = {
     },
     "dkdv with dropout": {
         "fp32": _pointers((32, 32, 8, 1), (16, 16, 8, 1, "one"), (16, 16, 8, 1, "one")),
+        "tf32": _pointers((32, 64, 4, 1, "one"), (16, 128, 8, 1, "one"), (16, 16, 8, 1, "one")),
         "sm_80": _pointers((32, 128, 8, 2, "one"), (16, 128, 8, 1, "one"), (32, 64, 8, 1)),
         "sm_86": _pointers((32, 128, 8, 2, "one"), (16, 128, 8, 1, "one"), (16, 64, 8, 1)),
         "sm_90": _tma((64, 64, 4, 2), (32, 64, 4, 1, "one"), (32, 64, 8, 1, "one")),
@@ -105,6 +112,7 @@ ATTENTION = {
     },
     "dq": {
         "fp32": _pointers((32, 32, 8, 1), (16, 16, 8, 1, "one"), (16, 16, 8, 1, "one")),
+        "tf32": _pointers((128, 32, 8, 1), (64, 32, 4, 1, "one"), (16, 16, 8, 1, "one")),
         "sm_80": _pointers((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
         "sm_86": _pointers((128, 64, 8, 2), (128, 32, 8, 2), (64, 16, 8, 1)),
         "sm_90": _tma((128, 64, 8, 2, "one", 128), (128, 128, 8, 2), (128, 64, 8, 1, "one")),
@@ -114,6 +122,7 @@ ATTENTION = {
     },
     "dq with dropout": {
         "fp32": _pointers((32, 32, 8, 1), (16, 16, 8, 1, "one"), (16, 16, 8, 1, "one")),
+        "tf32": _pointers((128, 32, 8, 1), (64, 32, 4, 1, "one"), (16, 16, 8, 1, "one")),
         "sm_80": _pointers((128, 64, 8, 2, "one"), (128, 32, 8, 1, "one"), (64, 32, 8, 1)),
         "sm_86": _pointers((128, 64, 8, 2, "one"), (128, 32, 8, 1, "one"), (64, 16, 8, 1)),
         "sm_90": _tma((64, 64, 4, 2), (64, 64, 4, 2), (128, 32, 8, 1, "one")),

@@ -213,7 +213,8 @@ def plan(kernel, tensors, blocks, dropout=False):
     maps = [tma_strides(x) for x in tensors]
     possible = all(m is not None for m in maps)
     tile = _tuning.attention_tile(
-        kernel, _runtime.arch(first.device), head_dim, first.element_size(), dropout, possible
+        kernel, _runtime.arch(first.device), head_dim, first.element_size(), dropout, possible,
+        _runtime.fp32_precision(first.dtype) == "tf32",
     )  # fmt: skip
     if not tile.use_tma:
         return tile, list(tensors)
