@@ -247,7 +247,7 @@ def nvidia_facts(cubin, ptx, arch, num_warps, tile_flops=0):
         if limit.in_step_share is not None:
             shares["in_step_share"] = limit.in_step_share / redundancy
         facts |= {name: round(value, 3) for name, value in (shares | {"redundancy": redundancy}).items()}
-        facts["serialized"] = limit.wgmma_waits >= 1
+        facts["wgmma_waits"] = round(limit.wgmma_waits, 3)
     return facts
 
 
@@ -327,7 +327,7 @@ def faults(row, ceilings=None):
         found.append(f"lacks {row['missing']}")
     if (row.get("redundancy") or 1.0) > 1.01 and not LENIENT.match(row["case"]):
         found.append(f"does {row['redundancy']:.2g} times the matrix work of its tile")
-    if row.get("serialized"):
+    if (row.get("wgmma_waits") or 0) >= 1:
         found.append("waits for every wgmma by itself")
     if row["programs_per_sm"] == 0:
         most = LIMITS[row["arch"]].shared_per_program
