@@ -27,21 +27,10 @@ from gptlib.errors import UserError
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 COLUMNS = [
-    *(
-        "arch",
-        "case",
-        "kernel",
-        "types",
-        "config",
-        "num_warps",
-        "num_stages",
-        "maxnreg",
-        "registers",
-        "spill_bytes",
-        "shared",
-    ),
-    *("programs_per_sm", *compiled.INSTRUCTIONS, *(f"cycles_{part}" for part in sass.PARTS)),
-    *("bound", "peak", "peak_share", "in_step_share", "redundancy", "loop", "missing", "status"),
+    *("arch", "case", "kernel", "types", "config", "num_warps", "num_stages", "maxnreg"),
+    *("registers", "spill_bytes", "shared", "programs_per_sm"),
+    *(*compiled.INSTRUCTIONS, *(f"cycles_{part}" for part in sass.PARTS)),
+    *("bound", "peak", "peak_share", "in_step_share", "redundancy", "wgmma_waits", "loop", "missing", "status"),
 ]
 # Headings on the screen and the columns under them.
 SHOWN = dict.fromkeys(("arch", "case", "kernel", "tile"))

@@ -406,7 +406,7 @@ class Bound:
     in_step_share: float | None  # of the tensor peak, one program alone with its warps in step
     flops: float  # that the tensor cores do in an iteration, wanted or not
     is_loop: bool
-    wgmma_waits: float  # per wgmma of the loop: 1 if ptxas made them wait one by one
+    wgmma_waits: float  # per wgmma of the loop; 1: ptxas makes each wait for the one before
 
 
 def bound(blocks, arch, num_warps):

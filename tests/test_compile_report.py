@@ -105,7 +105,7 @@ def test_faults_are_found(toy_rows):
     twice = toy_rows["matmul", "sm_90"] | {"redundancy": 2.0}
     assert faults(twice) == ["does 2 times the matrix work of its tile"]
     assert faults(twice | {"case": "attention-bf16-d256-plain"}) == [], "this may, as it may spill"
-    slow = toy_rows["matmul", "sm_90"] | {"serialized": True}
+    slow = toy_rows["matmul", "sm_90"] | {"wgmma_waits": 1.0}
     assert faults(slow) == ["waits for every wgmma by itself"]
     greedy = toy_rows["matmul", "sm_90"] | {"shared": 300_000, "programs_per_sm": 0}
     assert faults(greedy) == ["asks for 300000 bytes of shared memory, sm_90 has 232448"]
