@@ -4,7 +4,7 @@ A case calls the launchers themselves, so tiles, grids and flags are those of a 
 `expects` says what the machine code of its kernels must contain, in words that each architecture spells its own way:
 
     tensor      the architecture's best matrix instruction: mma.sync on sm_80, wgmma on sm_90, tcgen05 on sm_100, MFMA
-    mma         mma.sync on NVIDIA: what a tile of 16 rows or fp32 operands rounded to tf32 can use
+    mma         mma.sync on NVIDIA: what a tile of 16 rows can use
     tma_load, tma_store     bulk copies by descriptor, where the architecture has them
     wide_load   16-byte loads from global memory
 """
@@ -90,6 +90,7 @@ def attention_cases():
         add("bf16", head_dim, "lse", ATTENTION_EXPECTS, lse_gradient=True)
         add("bf16", head_dim, "pointers", POINTER_EXPECTS, padding=1)
         add("fp32", head_dim, "tf32", POINTER_EXPECTS, tf32=True)
+        add("fp32", head_dim, "tf32-dropout", POINTER_EXPECTS, tf32=True, dropout_p=0.1)
     return found
 
 
@@ -142,7 +143,10 @@ def prepare_attention(
         finally:
             torch.backends.cuda.matmul.fp32_precision = precision
 
-    call = {None: both, "forward": forward}.get(part) or partial(backward, *forward())
+    if part == "backward":
+        call = forward
+        out, lse = run()
+    call = {None: both, "forward": forward, "backward": lambda: backward(out, lse)}[part]
     return run
 
 

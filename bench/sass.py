@@ -346,7 +346,7 @@ def in_step(instructions, arch, num_warps):
                     committed.append(wgmma)
             elif i.opcode.startswith("WARPGROUP.DEPBAR"):
                 pending = int(i.operands.split(",")[1], 16)
-                clock = max([clock, *committed[: len(committed) - pending]])
+                clock = max([clock, *committed[: max(0, len(committed) - pending)]])
             elif i.op not in GLOBAL_OPS:
                 parts = [part for part in IN_ORDER if cost[part]]
                 clock = max([clock, *(free[part] for part in parts)])

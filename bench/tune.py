@@ -6,9 +6,10 @@
 
 Candidates are compiled first, for this GPU's architecture and without touching it, and only those that the compile
 report admits go on: no spills, the expected tensor-core and copy instructions, no more shared memory than there is, and
-a bound (see bench/sass.py) within reach of the best. Each is then checked against the shipped tile's results and timed:
-everything briefly, the fastest third again and longer, until three are left for a last round. Rows go to the screen and
-to runs/bench/tune/<gpu>.json; they become the shipped ones by hand, after the tests passed with them.
+a bound (see bench/sass.py) within reach of the best; of these the most promising, and the shipped one in any case. Each
+is then checked against the shipped tile's results and timed: everything briefly, the fastest third again and longer,
+until three are left for a last round. Rows go to the screen and to runs/bench/tune/<gpu>.json; they become the shipped
+ones by hand, after the tests passed with them.
 """
 
 import itertools
@@ -43,6 +44,8 @@ class Point:
     prepare: partial  # of compile_cases: makes the inputs, on the meta device or on `device=`, and returns the call
     expects: tuple = ()
     products: tuple = ()
+    dtype_bytes: int = 2
+    dropout: bool = False
 
 
 def attention_candidates(kernel, arch):
@@ -54,14 +57,12 @@ def attention_candidates(kernel, arch):
     found = []
     for block_q, block_k, warps in itertools.product((64, 128), (32, 64, 128), (4, 8)):
         forms = [("two", None), ("one", None)]
-        if not amd:
-            forms.append(("two", fewer[warps]))
         if kernel == "forward":
-            forms.append(("overlap", None if amd else 255))
-        elif not amd:
-            forms.append(("one", fewer[warps]))
-        for stages, form in itertools.product((1,) if amd else (1, 2, 3), forms):
-            found.append(Tile(block_q, block_k, warps, stages, *form, use_tma))
+            forms.append(("overlap", None))
+        if not amd:
+            forms += [("two", fewer[warps]), ("overlap", 255) if kernel == "forward" else ("one", fewer[warps])]
+        for stages, (loops, maxnreg) in itertools.product((1,) if amd else (1, 2, 3), forms):
+            found.append(Tile(block_q, block_k, warps, stages, loops, maxnreg=maxnreg, use_tma=use_tma))
     return found
 
 
@@ -75,23 +76,42 @@ def row_candidates(n):
     return [RowTile(rows, block, warps, True) for rows, warps in pairs if 8 <= rows * block // (32 * warps) <= 64]
 
 
+def shipped(point, arch):
+    """The table's tile for a point, in aligned strides."""
+    from kernels import _tuning
+
+    if point.kernel in ATTENTION_KERNELS:
+        return _tuning.attention_tile(point.kernel, arch, point.size, point.dtype_bytes, point.dropout)
+    return _tuning.row_tile(arch, point.kernel, point.size)
+
+
 def admit(point, candidates, arch, pool):
     """Candidates that the compile report admits, the most promising first."""
     call = partial(compile_cases.launch, point.prepare)
     calls = [partial(compile_cases.with_tile, point.kernel, tile, call) for tile in candidates]
     cases = [compiled.Case(str(i), call, dict(point.expects), dict(point.products)) for i, call in enumerate(calls)]
     jobs = [job for job in pool.list_jobs(cases, [arch]) if _belongs(job.kernel, point.kernel)]
-    reach, faulty = {}, set()
-    for row in tqdm(pool.compile(jobs), total=len(jobs), desc=f"compile {point.kernel} {point.size}", disable=None):
+    compiling = tqdm(pool.compile(jobs), total=len(jobs), desc=f"compile {point.kernel} {point.size}", disable=None)
+    return [candidates[i] for i in promising(compiling)]
+
+
+def promising(rows):
+    """Numbers (the cases' names) of the candidates without a fault and within REACH of the best bound. Where the report
+    has a model of the machine code, those come first whose programs together can fill most of the peak, MOST of them.
+    """
+    reach, faulty, has_model = {}, set(), False
+    for row in rows:
         i = int(row["case"])
         if compiled.faults(row, {}):
             faulty.add(i)
         bound, programs = row.get("peak_share", 1.0), row.get("programs_per_sm", 1)
         together = min(bound, programs * row.get("in_step_share", bound))
+        has_model |= "in_step_share" in row
         reach[i] = min(reach.get(i, (1.0, 1.0)), (bound, together))
     good = sorted((i for i in reach if i not in faulty), key=lambda i: reach[i][::-1], reverse=True)
     best = max((reach[i][0] for i in good), default=0.0)
-    return [candidates[i] for i in good if reach[i][0] >= REACH * best][:MOST]
+    near = [i for i in good if reach[i][0] >= REACH * best]
+    return near[:MOST] if has_model else near
 
 
 def _belongs(compiled_name, kernel):
@@ -157,7 +177,12 @@ def points(args):
                 )
                 expects = compile_cases.ATTENTION_EXPECTS if args.dtype != "fp32" else {}
                 products = compile_cases.PRODUCTS
-                found.append(Point(kernel, head_dim, call, tuple(expects.items()), tuple(products.items())))
+                size = 4 if args.dtype == "fp32" else 2
+                found.append(
+                    Point(
+                        kernel, head_dim, call, tuple(expects.items()), tuple(products.items()), size, args.dropout > 0
+                    )
+                )
         else:
             for n in args.length:
                 norm = partial(compile_cases.prepare_norm, dtype, n, "add-layer-norm")
@@ -184,7 +209,8 @@ def tune(args, device):
         for point in points(args):
             attention = point.kernel in ATTENTION_KERNELS
             candidates = attention_candidates(point.kernel, arch) if attention else row_candidates(point.size)
-            admitted = admit(point, candidates, arch, pool)
+            tile = shipped(point, arch)  # always timed, so that the fastest is known to be faster
+            admitted = [tile, *(t for t in admit(point, candidates, arch, pool) if t != tile)]
             print(f"{point.kernel} {point.size}: {len(admitted)} of {len(candidates)} candidates admitted")
             for ms, tile in search(admitted, GpuTimer(point, device)):
                 rows.append({"kernel": point.kernel, "size": point.size, "ms": ms, "row": row_text(point, tile)})

@@ -118,6 +118,6 @@ def use_tile(monkeypatch, block_q, block_k, use_tma=True, loops="two"):
     """Every attention kernel takes this tile from now on, by descriptor if it can and may."""
 
     def tile(kernel, arch, head_dim, dtype_bytes, dropout=False, descriptors=True, tf32=False):
-        return _tuning.Tile(block_q, block_k, 4, 1, loops, use_tma and descriptors)
+        return _tuning.Tile(block_q, block_k, 4, 1, loops, use_tma=use_tma and descriptors)
 
     monkeypatch.setattr(_tuning, "attention_tile", tile)

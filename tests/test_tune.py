@@ -57,10 +57,35 @@ def test_candidates_are_tiles_of_the_table():
     for kernel in ("forward", "dkdv", "dq"):
         shipped = [_tuning.attention_tile(kernel, "sm_90", head_dim, 2) for head_dim in (64, 128)]
         assert set(shipped) <= set(tune.attention_candidates(kernel, "sm_90"))
-    rows = tune.row_candidates(768)
-    assert all(tile.block_n == 1024 and tile.holds_row for tile in rows)
-    assert {8, 64} <= {tile.rows * 1024 // (32 * tile.num_warps) for tile in rows}
-    assert all(isinstance(tile, _tuning.RowTile) for tile in rows)
+        point = tune.Point(kernel, 128, None, dropout=True)
+        assert tune.shipped(point, "sm_90") == _tuning.attention_tile(kernel, "sm_90", 128, 2, dropout=True)
+    assert tune.shipped(tune.Point("norm_forward", 768, None), "sm_90") == _tuning.row_tile(
+        "sm_90", "norm_forward", 768
+    )
+
+
+def compiled_row(i, **facts):
+    names = {"arch": "sm_90", "case": str(i), "kernel": "k", "status": "ok", "spill_bytes": 0, "missing": ""}
+    return names | {"programs_per_sm": 1} | facts
+
+
+def test_the_most_promising_come_first_and_the_hopeless_never():
+    share = {"peak_share": 1.0}
+    rows = [
+        compiled_row(0, **share, in_step_share=0.5),
+        compiled_row(1, **share, in_step_share=0.4, programs_per_sm=2),
+        compiled_row(2, **share, in_step_share=0.9, spill_bytes=8),
+        compiled_row(3, peak_share=0.7, in_step_share=0.7),
+        compiled_row(4, **share, in_step_share=0.6),
+    ]
+    assert tune.promising(rows) == [1, 4, 0]
+    many = [compiled_row(i, **share, in_step_share=i / 100) for i in range(60)]
+    assert tune.promising(many) == list(range(59, 59 - tune.MOST, -1))
+
+
+def test_without_a_model_of_the_code_all_that_is_clean_is_timed():
+    assert tune.promising([compiled_row(i) for i in range(60)]) == list(range(60))
+    assert tune.promising([compiled_row(i, spill_bytes=8) for i in range(3)]) == []
 
 
 def test_a_point_runs_with_the_tile_it_is_given():

@@ -161,8 +161,10 @@ def attention_forward_kernel(
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
 
     start, whole, cut, end = key_ranges(start_q, doc_start_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS, BLOCK_Q, BLOCK_K)
-    after = cut  # the first block past those that were taken without a mask
+    after = cut  # the first block past those already taken
     if OVERLAP:
+        last = (end - 1) // BLOCK_K * BLOCK_K
+        whole, cut = tl.minimum(whole, last), tl.minimum(cut, last)
         m, l, acc = attend_overlapped(
             m, l, acc, q, k_src, v_src, stride_kt, stride_vt, offs_q, first, b, h_kv, bh,
             whole, cut, Tq, Tk, scale_log2, key, counter, threshold,

@@ -4,7 +4,7 @@ Query i sees keys first(i) <= j <= i + Tk - Tq, causal at the bottom right, with
 first(i) = max(0, i + Tk - Tq - W + 1 with a window W, the start of i's document with packed documents).
 Both ends never decrease with i, so the blocks that a tile must visit are one range [start, end), and those that all of
 its rows see whole are a range [whole, cut) inside it. A kernel walks twice: with a mask over the blocks cut by an edge,
-leaping over [whole, cut); then over [whole, cut) without one.
+leaping over [whole, cut); and over [whole, cut) without one. Or once, with a mask everywhere, where registers are few.
 """
 
 import math
