@@ -174,7 +174,33 @@ def results_page(found, folder):
         roofline = name / "roofline.png"
         if any(r.timed and r.bench in SHAPES for r in own):
             parts += ["", "### Roofline", "", f"![roofline]({roofline.relative_to(folder).as_posix()})"]
-    return "\n".join(parts) + "\n"
+    return "\n".join([*parts, *machine_code(folder)]) + "\n"
+
+
+def machine_code(folder):
+    """Lines of results/README.md on what the compile report published."""
+    reports = {path.parent.name: table.read_csv(path) for path in sorted(folder.glob("compiled/*/report.csv"))}
+    if not reports:
+        return []
+    facts = json.loads((folder / "compiled" / next(iter(reports)) / "report.json").read_text())
+    header = ["GPU architecture", "kernels", "configurations", "spilling", "most bytes", "where"]
+    lines = []
+    for arch, rows in reports.items():
+        spilling = [row for row in rows if row["spill_bytes"]]
+        most = max(spilling, key=lambda row: row["spill_bytes"], default=None)
+        where = f"{most['kernel'].removesuffix('_kernel')} of {most['case']}" if most else ""
+        counts = len({row["kernel"] for row in rows}), len(rows), len(spilling), most["spill_bytes"] if most else 0
+        lines.append([f"[{arch}](compiled/{arch}/report.csv)", *counts, where])
+    made = (
+        f"`{facts['command']}`, {facts['date'][:10]}, commit {facts['commit']}, triton {facts['packages']['triton']}."
+    )
+    parts = ["", "## Machine code, compiled without a GPU", "", made, "", markdown(header, lines)]
+    matrix = folder / "compiled" / "matrix.csv"
+    if matrix.is_file():
+        rows = table.read_csv(matrix)
+        parts += ["", "The core configurations with every supported Triton ([faults](compiled/matrix.json)):", ""]
+        parts += [markdown(list(rows[0]), [list(row.values()) for row in rows])]
+    return parts
 
 
 def readme_region(found, root):

@@ -120,6 +120,18 @@ def test_the_whole_report(results, tmp_path, capsys):
     assert readme.read_text() == text, "running it again changes nothing"
 
 
+def test_machine_code_has_a_section(results):
+    assert "Machine code" not in report.results_page(report.load(results), results)
+    row = {"kernel": "dq_kernel", "case": "attention-fp32-d256-plain", "spill_bytes": 176}
+    rows = [row, {**row, "spill_bytes": 8}, {**row, "kernel": "dkdv_kernel", "spill_bytes": 0}]
+    store(results / "compiled" / "sm_90", "report", rows, command="python bench/compile_report.py --publish")
+    table.write_csv(results / "compiled" / "matrix.csv", [{"triton": "3.6.0", "faults": 0}], ["triton", "faults"])
+    page = report.results_page(report.load(results), results)
+    assert "`python bench/compile_report.py --publish`, 2026-11-23, commit abc123, triton 3.6.0." in page
+    assert "| [sm_90](compiled/sm_90/report.csv) | 2 | 3 | 2 | 176 | dq of attention-fp32-d256-plain |" in page
+    assert "| triton | faults |" in page and "| 3.6.0 | 0 |" in page
+
+
 def test_a_readme_without_markers_is_left_alone(results, tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("# Title\n")
