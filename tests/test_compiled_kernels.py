@@ -31,11 +31,11 @@ PINNED_TRITON = re.search(r"^triton==(\S+)", (Path(__file__).parents[1] / "const
 
 
 def report_faults(rows):
-    """One line per fault; ceilings hold for the pinned Triton alone, other versions may spill where they have one."""
-    ceilings = compiled.load_ceilings()
+    """One line per fault. Tiles are chosen, and held to their spills, with the pinned Triton; what other versions spill
+    stands in the compile matrix."""
     if importlib.metadata.version("triton") != PINNED_TRITON:
-        ceilings = {arch: dict.fromkeys(names, 10**6) for arch, names in ceilings.items()}
-    found = [(row, compiled.faults(row, ceilings)) for row in rows]
+        rows = [{**row, "spill_bytes": 0} for row in rows]
+    found = [(row, compiled.faults(row)) for row in rows]
     return [f"{row['arch']} {row['case']} {row['kernel']} {row['config']}: {'; '.join(f)}" for row, f in found if f]
 
 
@@ -68,7 +68,7 @@ def test_forward_loop_asks_what_its_tile_demands(sample_rows):
 
 
 def test_overlapped_forward_multiplies_during_its_softmax(sample_rows):
-    """0.81 with Triton 3.7.1; 0.57 in turns, and with overlap too where the compiler may choose the registers."""
+    """0.78 with Triton 3.7.1; 0.57 in turns, and 0.55 with overlap where the compiler may choose the registers."""
     row = next(r for r in sample_rows if (r["case"], r["kernel"]) == (SAMPLE[3][1], SAMPLE[3][2]))
     assert "OVERLAP=True" in row["config"] and row["maxnreg"] == 255
     assert row["in_step_share"] > 0.7 and row["wgmma_waits"] < 0.5
