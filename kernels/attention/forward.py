@@ -8,7 +8,8 @@ For one head, with q (Tq, D), k and v (Tk, D), s_ij = scale * <q_i, k_j> and the
 A program owns BLOCK_Q queries of one head and walks over blocks of keys, keeping m, l and the unnormalized output `acc`
 in registers: scores never reach memory. When a block raises the maximum, l and acc are multiplied by
 exp(m_old - m_new). Exponentials are base 2, with scale * log2(e) applied after the dot product, so that each costs one
-fused multiply-add and one special-function operation. Dropout zeroes entries of p after they were counted in l.
+fused multiply-add and one special-function operation. Dropout zeroes entries of p after they were counted in l. With
+OVERLAP the tensor cores compute the next block's scores during the softmax of this one.
 
 Saved for the backward: q, k, v, out and lse (fp32). Accumulators, softmax and lse are fp32; p is rounded to v's dtype
 for its product with v. Heaviest tiles (the last rows, which see most keys) start first.
@@ -163,7 +164,7 @@ def attention_forward_kernel(
     start, whole, cut, end = key_ranges(start_q, doc_start_ptr, Tq, Tk, window, HAS_WINDOW, HAS_DOCS, BLOCK_Q, BLOCK_K)
     after = cut  # the first block past those already taken
     if OVERLAP:
-        last = (end - 1) // BLOCK_K * BLOCK_K
+        last = (end - 1) // BLOCK_K * BLOCK_K  # a narrow window or an aligned end can leave nothing at cut
         whole, cut = tl.minimum(whole, last), tl.minimum(cut, last)
         m, l, acc = attend_overlapped(
             m, l, acc, q, k_src, v_src, stride_kt, stride_vt, offs_q, first, b, h_kv, bh,
