@@ -36,7 +36,7 @@ class Tile(NamedTuple):
 
 def attention_tile(kernel, arch, head_dim, dtype_bytes, dropout=False, descriptors=True, tf32=False):
     """Tile of `kernel` ("forward", "dkdv", "dq", "decode") for a head dimension of 8 to 256 in 2- or 4-byte floats.
-    Without `descriptors`, for strides that no tensor map can take, architectures that would use them have rows of their
+    Without `descriptors`, for strides that no tensor map or 16-byte load can take, architectures that would use them have rows of their
     own: pointers need registers that the others have spent. fp32 has one row for all architectures, and one with `tf32`
     products, which asks for more shared memory than sm_86 has."""
     if arch == "interpret":
@@ -46,7 +46,9 @@ def attention_tile(kernel, arch, head_dim, dtype_bytes, dropout=False, descripto
     if dtype_bytes == 4:
         key = "tf32" if tf32 and "tf32" in tables and key != "sm_86" else "fp32"
     row = tables["pointers" if tables[key][0].use_tma and not descriptors else key]
-    return row[next(i for i, longest in enumerate(HEAD_DIMS) if head_dim <= longest)]
+    column = next(i for i, longest in enumerate(HEAD_DIMS) if head_dim <= longest)
+    odd = None if descriptors or dropout else ODD_STRIDES.get((kernel, key, HEAD_DIMS[column]))
+    return odd or row[column]
 
 
 def _pointers(*tiles):
@@ -139,6 +141,18 @@ ATTENTION = {
         "sm_100": _tma((16, 128, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)),
         "gfx942": _pointers((16, 128, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1)),
     },
+}
+
+# Strides that no 16-byte load fits cost registers for addresses. Where that makes the tile above spill, another:
+# {(kernel, architecture, head dimension up to): tile}
+ODD_STRIDES = {
+    ("forward", "sm_80", 64): Tile(128, 64, 8, 3),
+    ("dq", "sm_80", 64): Tile(128, 64, 8, 2, "one"),
+    ("dq", "sm_80", 128): Tile(128, 16, 8, 2),
+    ("dq", "sm_100", 128): Tile(128, 32, 8, 2, "one"),
+    ("forward", "gfx942", 128): Tile(128, 64, 8, 1, "one"),
+    ("dkdv", "gfx942", 64): Tile(32, 64, 4, 1),
+    ("dq", "gfx942", 128): Tile(64, 32, 4, 1, "one"),
 }
 # fmt: on
 
