@@ -36,9 +36,9 @@ class Tile(NamedTuple):
 
 def attention_tile(kernel, arch, head_dim, dtype_bytes, dropout=False, descriptors=True, tf32=False):
     """Tile of `kernel` ("forward", "dkdv", "dq", "decode") for a head dimension of 8 to 256 in 2- or 4-byte floats.
-    Without `descriptors`, for strides that no tensor map or 16-byte load can take, architectures that would use them have rows of their
-    own: pointers need registers that the others have spent. fp32 has one row for all architectures, and one with `tf32`
-    products, which asks for more shared memory than sm_86 has."""
+    Without `descriptors`, for strides no tensor map or 16-byte load can take, architectures that use them have rows
+    of their own: pointers need registers that the others have spent. fp32 has one row for all architectures, and one
+    with `tf32` products, which asks for more shared memory than sm_86 has."""
     if arch == "interpret":
         return INTERPRET._replace(use_tma=descriptors)
     tables = ATTENTION[f"{kernel} with dropout" if dropout else kernel]
