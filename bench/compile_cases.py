@@ -49,14 +49,18 @@ def launch(prepare, *args, **options):
 
 
 def with_tile(kernel, tile, call):
-    """call() with `tile` (a _tuning.Tile or RowTile) in the place of the table's row for `kernel`."""
+    """call() with `tile` (a _tuning.Tile or RowTile) in the place of the table's row for `kernel`. Strides and types
+    decide, as for the row, whether it is read by descriptors."""
     from kernels import _tuning
 
     name = "row_tile" if isinstance(tile, _tuning.RowTile) else "attention_tile"
     table = getattr(_tuning, name)
 
     def choose(*args, **options):
-        return tile if kernel in args[:2] else table(*args, **options)
+        row = table(*args, **options)
+        if kernel not in args[:2]:
+            return row
+        return tile if isinstance(tile, _tuning.RowTile) else tile._replace(use_tma=row.use_tma)
 
     setattr(_tuning, name, choose)
     try:

@@ -2,6 +2,8 @@
 
     python bench/compile_report.py
     python bench/compile_report.py --arch sm_90 --kernel dkdv --config bf16-d128
+    python bench/compile_report.py --arch sm_90 --kernel dq --config bf16-d128-plain --tile 64,64,4,2
+    python bench/compile_report.py --arch sm_90 --kernel forward --config bf16-d64-plain --tile 128,128,8,2,overlap,255
     python bench/compile_report.py --publish
 
 Compiles every configuration of bench/compile_cases.py and prints one row each: registers and spilled bytes per thread,
@@ -15,6 +17,8 @@ runs/bench/compiled/<arch>/.
 
 import os
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as a script: the checkout belongs on the path, not bench/
@@ -38,7 +42,23 @@ SHOWN |= {"warps": "num_warps", "stages": "num_stages", "regs": "registers", "sp
 SHOWN |= {"progs": "programs_per_sm", "matmul": None, "TMA": "tma", "MUFU op": "MUFU"}
 SHOWN |= {part: f"cycles_{part}" for part in sass.PARTS}
 SHOWN |= {"bound": None, "share": "peak_share", "in step": "in_step_share", "redundant": "redundancy", "status": None}
+TILED = ("forward", "dkdv", "dq")
 TILE_SIZES = ("ROWS", "BLOCK_P", "BLOCK_Q", "BLOCK_K", "BLOCK_M", "BLOCK_N")
+
+
+def parse_tile(text):
+    """A _tuning.Tile as its rows write one: "128,64,8,2" or "128,64,8,2,overlap,255"."""
+    from kernels._tuning import LOOPS, Tile
+
+    sizes, form = text.split(",")[:4], text.split(",")[4:]
+    loops, registers = form[:1] or ["two"], form[1:]
+    numbers = [*sizes, *registers]
+    if len(sizes) < 4 or len(registers) > 1 or loops[0] not in LOOPS or not all(n.isdecimal() for n in numbers):
+        raise UserError(
+            f"--tile {text}: needs queries,keys,warps,stages and may go on with loops ({', '.join(LOOPS)}) and the "
+            "registers of a thread, such as 128,64,8,2 or 128,64,8,2,overlap,255"
+        )
+    return Tile(*map(int, sizes), loops[0], *map(int, registers))
 
 
 def select(jobs, kernels, configs):
@@ -141,6 +161,7 @@ def main(argv=None):
     p.add_argument("--arch", type=archs, default=list(ARCHS), metavar="A,...", help=f"default: {','.join(ARCHS)}")
     p.add_argument("--kernel", type=command.names, default=(), metavar="NAME,...", help="parts of kernels' names")
     p.add_argument("--config", type=command.names, default=(), metavar="TEXT,...", help="parts of cases or constexprs")
+    p.add_argument("--tile", metavar="Q,K,W,S,...", help="a tile for --kernel forward, dkdv or dq to try instead")
     p.add_argument("--core", action="store_true", help="only the smaller set that the long tests compile")
     p.add_argument("--jobs", type=command.positive, metavar="N", help="processes; default: one per core")
     p.add_argument("--out", default="runs/bench/compiled", metavar="DIR", help="where the CSV and JSON go")
@@ -151,6 +172,11 @@ def main(argv=None):
     if args.publish and (args.kernel or args.config or args.core):
         raise UserError("--publish replaces the whole report; run it without --kernel, --config and --core")
     cases = [case for case in compile_cases.cases() if case.core or not args.core]
+    if args.tile:
+        if len(args.kernel) != 1 or args.kernel[0] not in TILED:
+            raise UserError(f"--tile is for one attention kernel; add --kernel {' or '.join(TILED)}")
+        tile = parse_tile(args.tile)
+        cases = [replace(c, call=partial(compile_cases.with_tile, args.kernel[0], tile, c.call)) for c in cases]
     rows = compile_all(args.arch, args.kernel, args.config, args.jobs, cases)
     print(show(rows))
     facts = environment.describe("cpu", args.commit)

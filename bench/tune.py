@@ -52,7 +52,7 @@ def attention_candidates(kernel, arch):
     """Every tile of `kernel` worth a try on `arch`, as a launch table would hold it."""
     from kernels._tuning import Tile
 
-    use_tma, amd = arch in compiled.SPELLINGS["tma_load"], arch.startswith("gfx")
+    amd = arch.startswith("gfx")
     fewer = {4: 168, 8: 128}  # registers that let one more program in: three of 4 warps, or two of 8
     found = []
     for block_q, block_k, warps in itertools.product((64, 128), (32, 64, 128), (4, 8)):
@@ -62,7 +62,7 @@ def attention_candidates(kernel, arch):
         if not amd:
             forms += [("two", fewer[warps]), ("overlap", 255) if kernel == "forward" else ("one", fewer[warps])]
         for stages, (loops, maxnreg) in itertools.product((1,) if amd else (1, 2, 3), forms):
-            found.append(Tile(block_q, block_k, warps, stages, loops, maxnreg=maxnreg, use_tma=use_tma))
+            found.append(Tile(block_q, block_k, warps, stages, loops, maxnreg))
     return found
 
 
@@ -81,7 +81,8 @@ def shipped(point, arch):
     from kernels import _tuning
 
     if point.kernel in ATTENTION_KERNELS:
-        return _tuning.attention_tile(point.kernel, arch, point.size, point.dtype_bytes, point.dropout)
+        tile = _tuning.attention_tile(point.kernel, arch, point.size, point.dtype_bytes, point.dropout)
+        return tile._replace(use_tma=False)  # as candidates are: the call itself knows
     return _tuning.row_tile(arch, point.kernel, point.size)
 
 

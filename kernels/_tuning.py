@@ -60,6 +60,7 @@ def _tma(*tiles):
 
 
 # fmt: off
+LOOPS = ("two", "one", "overlap")
 HEAD_DIMS = (64, 128, 256)  # the columns below: up to 64, to 128, to 256
 
 # The interpreter pays per program and per operation, hardly per element: few, large tiles.

@@ -7,8 +7,9 @@ from functools import partial
 
 import pytest
 
-from bench import command, compile_cases, compile_report, compiled
+from bench import command, compile_cases, compile_report, compiled, table
 from bench.compiled import WorkerDied, Workers, faults, programs_per_sm
+from gptlib.errors import UserError
 from tests import compile_toys as toys
 
 
@@ -211,6 +212,41 @@ def test_report_filters(only_toys, tmp_path, capsys):
     arguments = ["--arch", "gfx942", "--config", "odd", "--jobs", "1", "--out", str(tmp_path)]
     assert command.run(compile_report.main, arguments) == 0
     assert "1 kernels, 1 configurations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "tile"),
+    [("128,64,8,2", (128, 64, 8, 2, "two", None)), ("64,32,4,1,overlap,255", (64, 32, 4, 1, "overlap", 255))],
+)
+def test_a_tile_to_try_is_written_like_a_row(text, tile):
+    assert compile_report.parse_tile(text)[:6] == tile
+
+
+@pytest.mark.parametrize("text", ["128,64,8", "128,64,8,2,three", "128,x,8,2", "128,64,8,2,one,128,1", ""])
+def test_a_tile_that_is_none_is_one_line(text):
+    with pytest.raises(UserError, match="needs queries,keys,warps,stages"):
+        compile_report.parse_tile(text)
+
+
+def test_a_tile_is_tried_in_the_place_of_the_row(tmp_path, capsys):
+    arguments = [
+        "--arch",
+        "sm_90",
+        "--kernel",
+        "dq",
+        "--config",
+        "bf16-d64-plain",
+        "--tile",
+        "64,64,4,1",
+        "--jobs",
+        "1",
+    ]
+    assert command.run(compile_report.main, [*arguments, "--out", str(tmp_path)]) == 0
+    (row,) = table.read_csv(tmp_path / "sm_90" / "report.csv")
+    assert "BLOCK_Q=64 BLOCK_K=64" in row["config"] and (row["num_warps"], row["num_stages"]) == (4, 1)
+    assert row["UTMALDG"] > 0 and row["programs_per_sm"] > 2
+    assert command.run(compile_report.main, ["--tile", "64,64,4,1", "--out", str(tmp_path)]) == 2
+    assert "--kernel forward or dkdv or dq" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_rows_of_the_tile_tables():
         for tiles in tables.values():
             assert len(tiles) == len(_tuning.HEAD_DIMS)
             for tile in tiles:
-                assert tile.loops in (("two", "one", "overlap") if kernel.startswith("forward") else ("two", "one"))
+                assert tile.loops in (_tuning.LOOPS if kernel.startswith("forward") else _tuning.LOOPS[:2])
                 assert tile.maxnreg is None or tile.maxnreg * 32 * tile.num_warps <= 65536
 
 

@@ -52,13 +52,12 @@ def test_candidates_are_tiles_of_the_table():
         "two",
         "one",
     }
-    assert all(tile.use_tma for tile in dq) and not any(t.use_tma for t in tune.attention_candidates("dq", "sm_80"))
     assert {(t.num_stages, t.maxnreg) for t in tune.attention_candidates("dq", "gfx942")} == {(1, None)}
     for kernel in ("forward", "dkdv", "dq"):
-        shipped = [_tuning.attention_tile(kernel, "sm_90", head_dim, 2) for head_dim in (64, 128)]
+        shipped = [tune.shipped(tune.Point(kernel, head_dim, None), "sm_90") for head_dim in (64, 128)]
         assert set(shipped) <= set(tune.attention_candidates(kernel, "sm_90"))
-        point = tune.Point(kernel, 128, None, dropout=True)
-        assert tune.shipped(point, "sm_90") == _tuning.attention_tile(kernel, "sm_90", 128, 2, dropout=True)
+        row = _tuning.attention_tile(kernel, "sm_90", 128, 2, dropout=True)
+        assert tune.shipped(tune.Point(kernel, 128, None, dropout=True), "sm_90")[:6] == row[:6]
     assert tune.shipped(tune.Point("norm_forward", 768, None), "sm_90") == _tuning.row_tile(
         "sm_90", "norm_forward", 768
     )
@@ -95,8 +94,12 @@ def test_a_point_runs_with_the_tile_it_is_given():
     seen = compile_cases.with_tile(
         "dq", tile, lambda: [_tuning.attention_tile(k, "sm_90", 64, 2) for k in ("dq", "dkdv")]
     )
-    assert seen[0] is tile and seen[1] is not tile
-    assert _tuning.attention_tile("dq", "sm_90", 64, 2) is not tile, "and only while it runs"
+    assert seen[0] == tile._replace(use_tma=True) and seen[1][:6] != tile[:6]
+    assert _tuning.attention_tile("dq", "sm_90", 64, 2)[:6] != tile[:6], "and only while it runs"
+    by_pointers = compile_cases.with_tile(
+        "dq", tile, lambda: _tuning.attention_tile("dq", "sm_90", 64, 2, False, False)
+    )
+    assert by_pointers == tile, "strides that no descriptor takes"
 
 
 @pytest.mark.parametrize(
