@@ -26,6 +26,7 @@ FEATURES = {
 }
 # One row length at least in every class of the tables, GPT-2's width, and two that no 16-byte load fits.
 ROW_LENGTHS = (48, 768, 1023, 2048, 4096, 8192, 16384, 32768, 50257, 131072)
+VOCABULARIES = (256, 4096, 50257, 131072)
 
 TMA = ("tensor", "tma_load", "tma_store")
 ATTENTION_EXPECTS = {"attention_forward_kernel": TMA, "dkdv_kernel": TMA, "dq_kernel": TMA}
@@ -35,7 +36,7 @@ POINTER_EXPECTS = dict.fromkeys(ATTENTION_EXPECTS, ("tensor",))
 
 def cases():
     """All cases, those that most people run first."""
-    return [*attention_cases(), *decode_cases(), *softmax_cases(), *norm_cases()]
+    return [*attention_cases(), *decode_cases(), *softmax_cases(), *norm_cases(), *loss_cases()]
 
 
 def named(name):
@@ -236,6 +237,40 @@ def prepare_norm(dtype, n, kind, affine=True, parameters=None, device="meta"):
     def run():
         y, h, stats = norm_forward(x, residual, weight, bias, 1e-5, rms, x.dtype)
         return y, *norm_backward(dy, residual, x if residual is None else h, stats, weight, rms, *dtypes)
+
+    return run
+
+
+def loss_cases():
+    return [
+        Case(
+            f"{kind}-{dtype}-n{n}",
+            partial(launch, prepare_loss, DTYPES[dtype], n, fused),
+            {"loss_and_gradient_kernel": ("wide_load",)} if fused else {},
+            core=dtype != "fp16",
+        )
+        for kind, fused in (("cross-entropy", False), ("linear-cross-entropy", True))
+        for dtype in DTYPES
+        for n in VOCABULARIES
+    ]
+
+
+def prepare_loss(dtype, n, fused, device="meta"):
+    """A call of forward and backward for n classes, which returns the losses and dlogits, or `fused` with the head the
+    losses, dx and dweight."""
+    import torch
+
+    from kernels.cross_entropy import cross_entropy_backward, cross_entropy_forward, linear_cross_entropy_forward
+
+    targets = torch.zeros(TOKENS, dtype=torch.int64, device=device)
+    if fused:
+        x, weight = (_normal(rows, 64, dtype=dtype, device=device) for rows in (TOKENS, n))
+        return lambda: linear_cross_entropy_forward(x, weight, targets, -100, True, True)
+    logits = _normal(TOKENS, n, dtype=dtype, device=device)
+
+    def run():
+        losses, m, log2_l = cross_entropy_forward(logits, targets, -100)
+        return losses, cross_entropy_backward(losses, logits, targets, m, log2_l, -100)
 
     return run
 

@@ -21,6 +21,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- floors: python bench/floors.py --write -->", "<!-- end of floors -->"
 BATCH, HEADS, TOKENS, HEAD_DIM = 16, 12, 1024, 64
 WIDTH = HEADS * HEAD_DIM
+CLASSES = 50257
 BF16, FP32 = 2, 4  # bytes
 
 
@@ -81,6 +82,17 @@ def row_work():
     ]
 
 
+def loss_work():
+    """The head and its loss on every token of the batch, and the loss alone where the logits exist."""
+    tokens = BATCH * TOKENS
+    logits = tokens * CLASSES
+    return [
+        Work("head and loss, forward and backward", 6 * logits * WIDTH, 2 * (tokens + CLASSES) * WIDTH * BF16, logits),
+        Work("cross-entropy of logits, forward", 0, logits * BF16, logits),
+        Work("cross-entropy of logits, backward", 0, 2 * logits * BF16, logits),
+    ]
+
+
 def decode_work():
     """One new token per sequence against a cache of T keys: every key and value is read once."""
     cache = 2 * BATCH * HEADS * TOKENS * HEAD_DIM * BF16
@@ -97,13 +109,13 @@ def markdown():
     """The table: GFLOP, MB, and per GPU the three floors in microseconds, the highest in bold."""
     head = ["kernel", "GFLOP", "MB", *(gpu.name for gpu in GPUS)]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for work in [*attention_work(), *row_work(), *decode_work()]:
+    for work in [*attention_work(), *row_work(), *loss_work(), *decode_work()]:
         cells = [work.kernel, f"{work.flops / 1e9:.1f}" if work.flops else "-", f"{work.bytes / 1e6:.1f}"]
         for gpu in GPUS:
             values = floors(work, gpu)
             cells.append(" / ".join(_bold(f"{v:.1f}", v == max(values)) if v else "-" for v in values))
         lines.append(f"| {' | '.join(cells)} |")
-    shape = f"B = {BATCH}, T = {TOKENS}, H = {HEADS}, D = {HEAD_DIM}, C = {WIDTH}, bf16"
+    shape = f"B = {BATCH}, T = {TOKENS}, H = {HEADS}, D = {HEAD_DIM}, C = {WIDTH}, V = {CLASSES:,}, bf16"
     return f"Microseconds for FLOPs / bytes / exponentials; {shape}.\n\n" + "\n".join(lines) + "\n"
 
 

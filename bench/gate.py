@@ -48,7 +48,8 @@ class Gate:
         compared = {}
         for name, tensor in results.items():
             rows = self.bench.summed_rows(case, name)
-            compared[name] = parity.compare(tensor, ref[name], eager[name], rows=rows)
+            scale = self.bench.intermediate(case, name)
+            compared[name] = parity.compare(tensor, ref[name], eager[name], scale=scale, rows=rows)
         name, worst = max(compared.items(), key=lambda item: relative_error(item[1]))
         if worst.problem:
             return Verdict("wrong", worst=worst, note=f"{name}: {worst.problem}")
@@ -60,7 +61,7 @@ class Gate:
             self._expected.clear()  # one shape at a time: float64 scores are large
             torch.manual_seed(SEED)
             inputs = self.bench.inputs(case, self.device)
-            doubles = {n: x.detach().double().requires_grad_(x.requires_grad) for n, x in inputs.items()}
+            doubles = {n: in_float64(x) for n, x in inputs.items()}
             outs = as_tuple(self.bench.call(self.reference, inputs, case))
             upstream = [torch.randn_like(o) for o in outs]
             eager = self._results(self.reference, inputs, upstream, case)
@@ -77,6 +78,11 @@ class Gate:
             gradients = torch.autograd.grad(outs, list(wanted.values()), upstream)
             results |= {f"d{n}": g for n, g in zip(wanted, gradients, strict=True)}
         return results
+
+
+def in_float64(x):
+    """A leaf with x's values, in float64 if they are floats."""
+    return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
 
 
 def relative_error(comparison):

@@ -69,6 +69,10 @@ class KernelBench:
         """For a gradient that is a sum over rows, how many; else None (the error rule's sqrt law)."""
         return None
 
+    def intermediate(self, case, name):
+        """Magnitude of the largest rounded intermediate of a result, for the error rule; None: the result's own."""
+        return None
+
     def compile_case(self, case):
         """The call that the compile report makes for this op and shape (bench/compiled.py), in bf16."""
         raise NotImplementedError
@@ -260,7 +264,7 @@ def profile(bench, case, competitors, rows, device, path):
 
 def choose_providers(ops, asked, device):
     """{op: names}: those asked for that the op has; by default everything on a GPU, on a CPU what runs there."""
-    on_cpu = ("reference", "torch", "sdpa", "compiled", "triton-softmax", "triton")
+    on_cpu = ("reference", "torch", "torch-chunked", "sdpa", "compiled", "triton-softmax", "triton")
     for name in asked or []:
         providers.check_known(ops, name)
     return {

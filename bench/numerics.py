@@ -105,6 +105,27 @@ def row_cases(device):
         yield norm_case("rms_norm", x, "normal", torch_rms_norm)
 
 
+def loss_cases(device):
+    """The loss of rows of logits, alone and with the head; logits far from zero."""
+    import kernels
+
+    targets = torch.randint(1023, (64,), device=device)
+    for kind, offset in (("x 5", 0.0), ("x 5, mean 1e4", 1e4)):
+        logits = 5 * torch.randn(64, 1023, device=device) + offset
+        ours, eager, fused = (
+            partial(f, **{name: targets})
+            for f, name in (
+                (kernels.cross_entropy, "targets"),
+                (reference.cross_entropy, "targets"),
+                (F.cross_entropy, "target"),
+            )
+        )
+        yield Case("cross_entropy", tuple(logits.shape), kind, {"logits": logits}, ours, eager, {"torch": fused}, {})
+    tensors = {"x": torch.randn(64, 256, device=device), "weight": torch.randn(1023, 256, device=device) / 16}
+    ours, eager = (partial(m.linear_cross_entropy, targets=targets) for m in (kernels, reference))
+    yield Case("linear_cross_entropy", (64, 256, 1023), "normal", tensors, ours, eager, {}, {"dweight": 64})
+
+
 def norm_case(op, x, kind, fused):
     import kernels
 
@@ -139,7 +160,7 @@ def attention_cases(device):
         yield Case(*call, {})
 
 
-SECTIONS = {"attention": attention_cases, "rows": row_cases}  # name -> cases on a device
+SECTIONS = {"attention": attention_cases, "rows": row_cases, "loss": loss_cases}  # name -> cases on a device
 
 
 def main(argv=None):

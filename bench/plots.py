@@ -34,6 +34,7 @@ STYLES = {  # provider: colour, marker, line
     "quack": (GREEN, "P", "-"),
 }
 SPARE = list(itertools.product((ORANGE, GREEN, BLUE, PURPLE), ("H", "8", "1", "2"), ("-.",)))
+AXES = {"seq": "sequence length", "length": "row length", "classes": "classes"}
 PANEL, HEADER = (4.3, 3.2), 0.65  # inches
 
 
@@ -43,13 +44,16 @@ def draw_all(found):
         if result.timed and result.bench == "attention":
             yield by_length(result, "seq", "rate", "attention.png", panels=("head_dim", "mode"))
             yield by_length(result, "seq", "peak_mib", "attention-memory.png", panels=("head_dim", "mode"))
-        elif result.timed and result.bench in ("softmax", "layernorm"):
+        elif result.timed and result.bench in ("softmax", "layernorm", "cross_entropy"):
             yield by_length(result, "length", "rate", f"{result.bench}.png", panels=("op", "mode"))
+        elif result.timed and result.bench == "linear_cross_entropy":
+            yield by_length(result, "classes", "rate", "linear_cross_entropy.png", panels=("tokens", "mode"))
+            yield by_length(result, "classes", "peak_mib", "linear_cross_entropy-memory.png", panels=("tokens", "mode"))
         elif result.timed:
             yield training_bars(result)
     for folder in dict.fromkeys(r.folder for r in found):
-        own = [r for r in found if r.folder == folder and r.timed and r.bench != "train" and "ceilings" in r.facts]
-        own = [r for r in own if r.bench in ("attention", "softmax", "layernorm")]
+        own = [r for r in found if r.folder == folder and r.timed and "ceilings" in r.facts]
+        own = [r for r in own if not r.bench.startswith("train")]
         if own:
             yield roofline(folder, own)
 
@@ -132,13 +136,13 @@ def by_length(result, x, value, name, panels):
             " ".join(f"{label(p)} {v}".strip() for p, v in zip(panels, (row, column), strict=True)), fontsize=10
         )
     for axes in grid[-1]:
-        axes.set_xlabel("sequence length" if x == "seq" else "row length", fontsize=9)
+        axes.set_xlabel(AXES[x], fontsize=9)
     add_legend(figure, providers, ceiling_handle(result, value))
     return finish(figure, result.folder / name)
 
 
 def label(panel):
-    return "D" if panel == "head_dim" else ""
+    return {"head_dim": "D", "tokens": "tokens"}.get(panel, "")
 
 
 def panel_axes(axes, result, rows, x, value):
@@ -151,14 +155,14 @@ def panel_axes(axes, result, rows, x, value):
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(lambda mib, _: f"{mib:,.0f}")
     else:
-        if result.bench != "attention":
+        if result.rows[0]["unit"] == "GB/s":
             axes.axhline(result.facts["ceilings"]["copy"] / 1e9, color=BLACK, linestyle=(0, (2, 2)), linewidth=1)
         axes.set_ylim(bottom=0)
     tidy(axes)
 
 
 def ceiling_handle(result, value):
-    if value == "peak_mib" or result.bench == "attention":
+    if value == "peak_mib" or result.rows[0]["unit"] != "GB/s":
         return []
     return [Line2D([], [], color=BLACK, linestyle=(0, (2, 2)), linewidth=1, label="a large copy")]
 
@@ -180,7 +184,7 @@ def training_bars(result):
         tokens = [r["batch"] * seq * 1e3 for r in rows]
         slow = [s - t / r["p80_ms"] for s, t, r in zip(speeds, tokens, rows, strict=True)]
         fast = [t / r["p20_ms"] - s for s, t, r in zip(speeds, tokens, rows, strict=True)]
-        names = [f"{r['attn']} attention, {r['norm']} norm" for r in rows]
+        names = [f"{r['attn']} attention, {r['norm']} norm, {r.get('loss') or 'torch'} loss" for r in rows]
         colours = [style(r["attn"])[0] for r in rows]
         axes.barh(names, speeds, xerr=[slow, fast], color=colours, height=0.62, error_kw={"ecolor": GREY, "capsize": 3})
         for i, speed in enumerate(speeds):

@@ -75,9 +75,12 @@ def tokens_first(attend, q, k, v):
 
 
 def liger(function):
-    """Liger's kernel of that name; its layer norm takes eps positionally, and its RMSNorm would write in place."""
+    """Liger's kernel of that name; its layer norm takes eps positionally, and its RMSNorm would write in place, as its
+    cross-entropy does with the logits it is given."""
     kernel = getattr(importlib.import_module("liger_kernel.transformers.functional"), function)
-    if function == "liger_softmax":
+    if function == "liger_cross_entropy":
+        return lambda logits, targets: kernel(logits.clone(), targets)
+    if function in ("liger_softmax", "liger_fused_linear_cross_entropy"):
         return kernel
     if function == "liger_layer_norm":
         return lambda x, weight, bias, eps=1e-5: kernel(x, weight, bias, eps)
@@ -87,7 +90,24 @@ def liger(function):
 def quack(function):
     """QuACK's kernel of that name."""
     kernel = getattr(importlib.import_module("quack"), function)
-    return kernel if function == "softmax" else lambda x, weight, eps=1e-6: kernel(x, weight, eps=eps)
+    return (
+        kernel if function in ("softmax", "cross_entropy") else lambda x, weight, eps=1e-6: kernel(x, weight, eps=eps)
+    )
+
+
+def torch_cross_entropy(logits, targets):
+    return torch.nn.functional.cross_entropy(logits.float(), targets)
+
+
+def chunked_head_loss():
+    """torch's own head and loss in chunks of rows, from 2.13 on."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda x, weight, targets: torch.nn.functional.linear_cross_entropy(x, weight, targets, options=options)
+
+
+def cut_cross_entropy():
+    """Apple's kernel: the logits are computed twice and stored never."""
+    return importlib.import_module("cut_cross_entropy").linear_cross_entropy
 
 
 def torch_rms_norm(x, weight, eps=1e-6):
@@ -142,6 +162,20 @@ PEERS = {
         "quack": functools.partial(quack, "softmax"),
         "triton": lambda: backends.kernel("softmax"),
     },
+    "cross_entropy": {
+        "reference": lambda: reference.cross_entropy,
+        "torch": lambda: torch_cross_entropy,
+        "compiled": lambda: compiled(reference.cross_entropy),
+        "liger": functools.partial(liger, "liger_cross_entropy"),
+        "quack": functools.partial(quack, "cross_entropy"),
+        "triton": lambda: backends.kernel("cross_entropy"),
+    },
+    "linear_cross_entropy": {
+        "compiled": lambda: compiled(reference.linear_cross_entropy),
+        "torch-chunked": chunked_head_loss,
+        "liger": functools.partial(liger, "liger_fused_linear_cross_entropy"),
+        "cut": cut_cross_entropy,
+    },
     "causal_softmax": {
         "reference": lambda: reference.causal_softmax,
         "compiled": lambda: compiled(reference.causal_softmax),
@@ -151,6 +185,7 @@ PEERS = {
 BACKENDS = {  # op -> (names, resolver) of the registry that the trainer uses too
     "causal_attention": (backends.ATTENTION, backends.attention),
     "layer_norm": (backends.NORM, backends.norm),
+    "linear_cross_entropy": (backends.LOSS, backends.loss),
 }
 
 

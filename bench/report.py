@@ -18,8 +18,13 @@ from bench import table
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-BENCHES = ("attention", "softmax", "layernorm", "train", "train-compiled")
-SHAPES = {"attention": ("head_dim", "seq", "mode"), "softmax": ("length", "mode"), "layernorm": ("length", "mode")}
+ROW_BENCHES = ("softmax", "layernorm", "cross_entropy")
+BENCHES = ("attention", *ROW_BENCHES, "linear_cross_entropy", "train", "train-compiled")
+SHAPES = {
+    "attention": ("head_dim", "seq", "mode"),
+    **dict.fromkeys(ROW_BENCHES, ("length", "mode")),
+    "linear_cross_entropy": ("tokens", "classes", "mode"),
+}
 CAUSES = {"oom": "out of memory", "parity": "checked, not timed (interpreter)", "wrong": "refused: wrong"}
 
 
@@ -98,7 +103,7 @@ def train_table(result):
     """A line per contestant and sequence length, the fastest of each length in bold."""
     lines = []
     for row in result.rows:
-        line = [row["preset"], row["seq"], row["attn"], row["norm"], row["batch"]]
+        line = [row["preset"], row["seq"], row["attn"], row["norm"], row.get("loss") or "torch", row["batch"]]
         if row["tokens_per_s"] is None:
             lines.append([*line, row["status"], *[""] * 4])
             continue
@@ -108,7 +113,7 @@ def train_table(result):
         step = f"{row['p50_ms']:.1f} ({row['p20_ms']:.1f} to {row['p80_ms']:.1f})"
         speed = f"**{speed}**" if row["tokens_per_s"] == fastest else speed
         lines.append([*line, speed, step, mfu, f"{row['share']:.0%}", f"{row['peak_mib']:,.0f}"])
-    header = ["preset", "seq", "attn", "norm", "batch", "tokens/s", "step ms, p50 (p20 to p80)", "MFU"]
+    header = ["preset", "seq", "attn", "norm", "loss", "batch", "tokens/s", "step ms, p50 (p20 to p80)", "MFU"]
     return markdown([*header, "of ceiling", "peak MiB"], lines)
 
 
@@ -134,7 +139,7 @@ def ceilings(result):
 def section(result, link):
     """One bench of results/README.md. `link(name)` is the path of a picture as seen from there."""
     titles = {"train": "Training steps", "train-compiled": "Training steps, compiled"}
-    lines = [f"### {titles.get(result.bench, result.bench.capitalize())}", "", provenance(result), ""]
+    lines = [f"### {titles.get(result.bench, result.bench.replace('_', ' ').capitalize())}", "", provenance(result), ""]
     if result.bench in SHAPES:
         unit = next((r["unit"] for r in result.rows), "")
         share = best_share(result)
@@ -255,7 +260,8 @@ def pictures(result):
     """Names of the pictures drawn for a bench."""
     if not result.timed:
         return []
-    return ["attention.png", "attention-memory.png"] if result.bench == "attention" else [f"{result.bench}.png"]
+    memory = [f"{result.bench}-memory.png"] if result.bench in ("attention", "linear_cross_entropy") else []
+    return [f"{result.bench}.png", *memory]
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""Whole training steps: tokens per second, step time, MFU and memory for every kind of attention and norm.
+"""Whole training steps: tokens per second, step time, MFU and memory for every kind of attention, norm and loss.
 
     python bench/train.py
     python bench/train.py --preset gpt2 --attn reference,sdpa,flex,triton --norm torch,triton --seq 1024 --compile
-    python bench/train.py --preset gpt2 --attn sdpa,triton,my.kernel:attend --find-batch
+    python bench/train.py --preset gpt2 --attn sdpa,triton,my.kernel:attend --loss torch,triton --find-batch
 
 A step is the trainer's own (gptlib.train): batch to the device, forward, backward, clipping, AdamW; evaluation,
 sampling and checkpoints stay out. First every contestant trains a two-layer model of the same widths for a few steps on
@@ -33,11 +33,24 @@ from gptlib.options import DTYPES, below_one
 from gptlib.train import build_model, make_optimizer, to_device, train_step
 
 COLUMNS = [
-    *("bench", "provider", "attn", "norm", "compile", "preset", "dtype", "batch", "seq", "drop_rate", "status"),
+    *("bench", "provider", "attn", "norm", "loss", "compile", "preset", "dtype", "batch", "seq", "drop_rate", "status"),
     *("tokens_per_s", "p20_ms", "p50_ms", "p80_ms", "mfu", "share", "peak_mib", "largest_batch", "loss_difference"),
     *("flops_per_token", "parameters", "device", "note"),
 ]
-SHOWN = ["seq", "attn", "norm", "batch", "tokens/s", "p20 ms", "p50 ms", "p80 ms", "MFU", "of ceiling", "peak MiB"]
+SHOWN = [
+    "seq",
+    "attn",
+    "norm",
+    "loss",
+    "batch",
+    "tokens/s",
+    "p20 ms",
+    "p50 ms",
+    "p80 ms",
+    "MFU",
+    "of ceiling",
+    "peak MiB",
+]
 CHECK_STEPS, CHECK_LAYERS, CHECK_BATCH, CHECK_SEQ = 3, 2, 1, 1024
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # nats; bf16 rounds a loss of 10 by up to 0.03 on the way
 WARMUP_STEPS, LR, SEED = 3, 1e-4, 0
@@ -51,6 +64,7 @@ class Setting:
     cfg: object
     attn: str
     norm: str
+    loss: str
     batch: int
     dtype: torch.dtype
     device: torch.device
@@ -58,7 +72,7 @@ class Setting:
 
     @property
     def name(self):
-        return f"{self.attn}+{self.norm}"
+        return f"{self.attn}+{self.norm}+{self.loss}"
 
 
 class Run:
@@ -68,7 +82,8 @@ class Run:
         if setting.compile:
             torch._dynamo.reset()  # compiled for this model alone, not an eighth variant of the first
         self.setting, cfg = setting, setting.cfg
-        self.model = build_model(cfg, attn=setting.attn, norm=setting.norm, device=setting.device, seed=SEED)
+        names = {"attn": setting.attn, "norm": setting.norm, "loss": setting.loss}
+        self.model = build_model(cfg, **names, device=setting.device, seed=SEED)
         self.optimizer = make_optimizer(self.model, lr=LR)
         self.loss_fn = torch.compile(self.model.loss) if setting.compile else self.model.loss
         self.autocast = autocast_for(setting.device, setting.dtype)
@@ -104,7 +119,7 @@ def check_losses(settings):
         seq = min(min(s.cfg.context_length for s in settings), CHECK_SEQ)
         cfg = dataclasses.replace(cfg, context_length=seq)
         small = dataclasses.replace(setting, cfg=cfg, batch=CHECK_BATCH, compile=False)
-        expected = losses(dataclasses.replace(small, attn="reference", norm="reference"))
+        expected = losses(dataclasses.replace(small, attn="reference", norm="reference", loss="reference"))
         found[setting.name] = compare_losses(small, expected)
         timing.free_memory()
     return found
@@ -220,7 +235,8 @@ def parse(argv):
     p = command.parser(__doc__.splitlines()[0])
     p.add_argument("--preset", choices=PRESETS, help="default gpt2, on a CPU tiny")
     p.add_argument("--attn", type=command.names, help="names, or package.module:function")
-    p.add_argument("--norm", type=command.names, help="names; every --attn runs with every --norm")
+    p.add_argument("--norm", type=command.names, help="names; every --attn runs with every --norm and --loss")
+    p.add_argument("--loss", type=command.names, help="names; default torch, on a GPU triton")
     p.add_argument("--seq", type=command.positives, metavar="T,...", help="context lengths; default the preset's")
     p.add_argument("--batch", type=command.positive, metavar="B", help="windows a step; default 16384 tokens, CPU 1024")
     p.add_argument("--steps", type=command.positive, default=20, help="steps timed")
@@ -238,17 +254,21 @@ def settings_of(args, device):
     base = PRESETS[args.preset or ("gpt2" if on_gpu else "tiny")]
     base = dataclasses.replace(base, drop_rate=args.drop_rate, n_layers=args.n_layers or base.n_layers)
     attns = args.attn or (["reference", "sdpa", "flex", "triton"] if on_gpu else ["reference", "sdpa", "triton"])
-    norms = args.norm or [backends.default_names(device)[1]]
+    _, norm, loss = backends.default_names(device)
+    norms, losses = args.norm or [norm], args.loss or [loss]
     for name in attns:
         check_name("attn", name, backends.ATTENTION, backends.attention)
     for name in norms:
         check_name("norm", name, backends.NORM, backends.norm)
+    for name in losses:
+        check_name("loss", name, backends.LOSS, backends.loss)
     dtype = choose_dtype(args.dtype, device)
     found = []
     for seq in args.seq or [base.context_length]:
         batch = args.batch or max(1, (16384 if on_gpu else 1024) // seq)
         cfg = dataclasses.replace(base, context_length=seq)
-        found += [Setting(cfg, a, n, batch, dtype, device, args.compile) for n in norms for a in attns]
+        kinds = itertools.product(losses, norms, attns)
+        found += [Setting(cfg, a, n, l, batch, dtype, device, args.compile) for l, n, a in kinds]
     return found
 
 
@@ -267,6 +287,7 @@ def new_row(setting, preset, verdict):
         "provider": setting.name,
         "attn": setting.attn,
         "norm": setting.norm,
+        "loss": setting.loss,
         "compile": setting.compile,
         "preset": preset,
         "dtype": str(setting.dtype).removeprefix("torch."),
@@ -287,7 +308,7 @@ def show(rows):
         best[row["seq"]] = max(best.get(row["seq"], 0), row.get("tokens_per_s") or 0)
     lines = []
     for row in rows:
-        line = [row["seq"], row["attn"], row["norm"], row["batch"]]
+        line = [row["seq"], row["attn"], row["norm"], row["loss"], row["batch"]]
         if row.get("tokens_per_s"):
             mark = table.BEST if row["tokens_per_s"] == best[row["seq"]] else " "
             line += [f"{row['tokens_per_s']:.0f}{mark}", *(f"{row[p]:.1f}" for p in ("p20_ms", "p50_ms", "p80_ms"))]

@@ -2,7 +2,7 @@
 
 A name is resolved once, when a model is built. `attention(name)` gives f(q, k, v, *, scale=None, dropout_p=0.0) on
 (B, H, T, D) tensors, causal at the bottom right; `norm(name)` gives f(x, weight, bias, eps); `loss(name)` gives
-f(x, head_weight, targets). `package.module:function` names anyone's own function for the first two.
+f(x, head_weight, targets). `package.module:function` names anyone's own function.
 """
 
 import functools
@@ -103,8 +103,9 @@ NORM = {
     "triton": lambda: kernel("layer_norm"),
 }
 LOSS = {
-    "reference": lambda: reference.head_loss,
+    "reference": lambda: reference.linear_cross_entropy,
     "torch": lambda: torch_head_loss,
+    "triton": lambda: kernel("linear_cross_entropy"),
 }
 
 
@@ -119,10 +120,8 @@ def norm(name):
 
 
 def loss(name):
-    """The callable of a name in LOSS."""
-    if name not in LOSS:
-        raise UserError(f"loss {name!r} is unknown; it can be {', '.join(LOSS)}")
-    return LOSS[name]()
+    """The callable of a name in LOSS, or of `package.module:function`."""
+    return _resolve("loss", name, LOSS, "(x, head_weight, targets)", _call_as_loss)
 
 
 def kernel(op):
@@ -135,18 +134,19 @@ def kernel(op):
         if e.name is None or e.name.split(".")[0] != "triton":
             raise
         raise UserError(
-            f"triton cannot be imported ({e}); install it (Linux: pip install triton), or use --attn sdpa --norm torch"
+            f"triton cannot be imported ({e}); install it (Linux: pip install triton), or use "
+            "--attn sdpa --norm torch --loss torch"
         ) from None
 
 
 def default_names(device):
-    """(attn, norm) for a device: our kernels on a GPU, torch's own on a CPU, where Triton is only interpreted."""
-    return ("triton", "triton") if device.type == "cuda" else ("sdpa", "torch")
+    """(attn, norm, loss) for a device: our kernels on a GPU, torch's own on a CPU, where Triton is only interpreted."""
+    return ("triton", "triton", "triton") if device.type == "cuda" else ("sdpa", "torch", "torch")
 
 
-def is_interpreted(attn, norm, device):
+def is_interpreted(attn, norm, loss, device):
     """Whether one of these names runs our kernels without a GPU."""
-    return device.type == "cpu" and (attn in ("triton", "triton-softmax") or norm == "triton")
+    return device.type == "cpu" and (attn in ("triton", "triton-softmax") or "triton" in (norm, loss))
 
 
 def check_training(name, *, device, n_heads, head_dim, dropout_p, dtype=torch.float32):
@@ -193,3 +193,7 @@ def _call_as_attention(signature):
 
 def _call_as_norm(signature):
     signature.bind("x", "weight", "bias", 1e-5)
+
+
+def _call_as_loss(signature):
+    signature.bind("x", "head_weight", "targets")

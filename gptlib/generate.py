@@ -162,10 +162,10 @@ def parse(argv):
 
 def run(args: argparse.Namespace):
     device = choose_device(args.device)
-    default_attn, default_norm = backends.default_names(device)
+    default_attn, default_norm, _ = backends.default_names(device)
     attn, norm = args.attn or default_attn, args.norm or default_norm
     model, tokenizer = load_run(args.run, attn=attn, norm=norm)
-    if backends.is_interpreted(attn, norm, device):
+    if backends.is_interpreted(attn, norm, "torch", device):
         print(backends.INTERPRETER_NOTE, file=sys.stderr)
     model.to(device)
     context_length = model.cfg.context_length

@@ -169,6 +169,7 @@ def parse(argv=None):
     machine.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model")
     machine.add_argument("--attn", help=f"{', '.join(backends.ATTENTION)} or package.module:function")
     machine.add_argument("--norm", help=f"{', '.join(backends.NORM)} or package.module:function")
+    machine.add_argument("--loss", help=f"{', '.join(backends.LOSS)} or package.module:function")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it stopped")
     again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -192,8 +193,8 @@ def complete(given, device, stored=None):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {explicit[name]} differs from the run resumed ({stored.get(name)}): leave it out")
     preset = explicit.get("preset", stored.get("preset", DEFAULTS[""]["preset"]))
-    attn, norm = backends.default_names(device)
-    merged = {**vars(given), "attn": attn, "norm": norm, **DEFAULTS[""], **DEFAULTS.get(preset, {})}
+    names = dict(zip(("attn", "norm", "loss"), backends.default_names(device), strict=True))
+    merged = {**vars(given), **names, **DEFAULTS[""], **DEFAULTS.get(preset, {})}
     inherited = {name: value for name, value in stored.items() if value is not None and name not in NOT_INHERITED}
     merged |= {name: value for name, value in inherited.items() if name in merged} | explicit
     return argparse.Namespace(**merged)

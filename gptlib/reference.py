@@ -115,16 +115,23 @@ def rms_norm(x, weight, eps=1e-6):
     return scale_and_shift(rows * rstd, weight, None).to(x.dtype)
 
 
-def cross_entropy(logits, targets):
-    """Mean of -log softmax(logits)[target] in nats, in fp32 (fp64 for fp64). logits: (..., V); targets: (...) int64."""
+def cross_entropy(logits, targets, *, ignore_index=-100, reduction="mean"):
+    """-log softmax(logits)[target] in nats, in fp32 (fp64 for fp64). logits: (..., V); targets: (...) int64.
+
+    Rows whose target is ignore_index count nowhere. reduction: "mean" over the others, "sum", or "none": (...).
+    """
     logits = logits.to(accumulation_dtype(logits.dtype))
-    picked = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return (torch.logsumexp(logits, dim=-1) - picked).mean()
+    counts = targets != ignore_index
+    picked = logits.gather(-1, targets.where(counts, 0).unsqueeze(-1)).squeeze(-1)
+    losses = (torch.logsumexp(logits, dim=-1) - picked).masked_fill(~counts, 0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / (counts.sum() if reduction == "mean" else 1)
 
 
-def head_loss(x, weight, targets):
+def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="mean"):
     """The output head and its loss: cross_entropy(x weight^T, targets). x: (..., C); weight: (V, C); targets: (...)."""
-    return cross_entropy(F.linear(x, weight), targets)
+    return cross_entropy(F.linear(x, weight), targets, ignore_index=ignore_index, reduction=reduction)
 
 
 def scale_and_shift(x, weight, bias):

@@ -133,10 +133,11 @@ def settle(given):
     cfg = options.model_config(args)
     dtype = choose_dtype(args.dtype, device)
     backends.norm(args.norm)
+    backends.loss(args.loss)
     backends.check_training(
         args.attn, device=device, n_heads=cfg.n_heads, head_dim=cfg.head_dim, dropout_p=cfg.drop_rate, dtype=dtype
     )
-    if backends.is_interpreted(args.attn, args.norm, device):
+    if backends.is_interpreted(args.attn, args.norm, args.loss, device):
         print(backends.INTERPRETER_NOTE, file=sys.stderr)
     return args, cfg, device, dtype
 
@@ -155,7 +156,7 @@ def train(given):
     evaluation_batches(corpus.val, context_length=T, batch_size=args.batch_size)  # refuses a text too small
 
     # The model, new or as it was left.
-    model = build_model(cfg, attn=args.attn, norm=args.norm, device=device, seed=args.seed)
+    model = build_model(cfg, attn=args.attn, norm=args.norm, loss=args.loss, device=device, seed=args.seed)
     optimizer = make_optimizer(model, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, args.beta2))
     step = checkpoint.restore(given.out, model, optimizer, batches, corpus) if args.resume else 0
     last = min(args.steps, args.stop_at or args.steps)
@@ -168,9 +169,10 @@ def train(given):
     tokenizer.save(run / "tokenizer.json")
     metrics = MetricsFile(run / "metrics.csv", last_step=step)
     tokens_per_step = args.batch_size * args.grad_accum * T
+    kinds = f"{args.attn} attention, {args.norm} norms, {args.loss} loss"
     print(
         f"{args.preset}: {model.n_params():,} parameters, vocabulary {cfg.vocab_size:,}, {len(corpus.train):,} training"
-        f" tokens; {args.attn} attention, {args.norm} norms, {str(dtype).removeprefix('torch.')} on {device} -> {run}"
+        f" tokens; {kinds}, {str(dtype).removeprefix('torch.')} on {device} -> {run}"
     )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

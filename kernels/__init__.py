@@ -11,6 +11,8 @@ _OPS = {
     "layer_norm": "kernels.layernorm",
     "add_layer_norm": "kernels.layernorm",
     "rms_norm": "kernels.layernorm",
+    "cross_entropy": "kernels.cross_entropy",
+    "linear_cross_entropy": "kernels.cross_entropy",
 }
 
 __all__ = list(_OPS)

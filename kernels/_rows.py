@@ -1,10 +1,12 @@
-"""What the row kernels (softmax, the norms) share: a tensor seen as a matrix of rows, and tiles of that matrix.
+"""What the row kernels (softmax, norms, loss) share: a tensor seen as a matrix of rows, and tiles of that matrix.
 
 A tile is (ROWS, BLOCK_N) elements in fp32. ALIGN is a power of two that divides the row length and every row stride:
 loads and stores are masked in groups of ALIGN columns, so that the compiler may move 16 bytes with one instruction
 also where Triton's own argument specialization (multiples of 16 elements) sees nothing to use.
 
-Sums over rows, of which every program holds a part, are added up by `sum_partials`, always in the same order.
+Rows too long for registers are normalized online (`max_and_sum`: Milakov and Gimelshein, "Online normalizer calculation
+for softmax", 2018). Sums over rows, of which every program holds a part, are added up by `sum_partials`, always in the
+same order.
 """
 
 import math
@@ -46,6 +48,37 @@ def load_tile(ptr, rows, stride, cols, lengths, ALIGN: tl.constexpr, EVICT: tl.c
     mask = column_mask(cols, lengths, ALIGN)
     x = tl.load(ptr + row_offsets(rows, stride, cols, ALIGN), mask=mask, other=0.0, eviction_policy=EVICT)
     return x.to(tl.float32)
+
+
+@triton.jit
+def load_visible(ptr, rows, stride, cols, lengths, OTHER, ALIGN: tl.constexpr, EVICT: tl.constexpr):
+    """Tile in fp32, OTHER beyond each row's length."""
+    x = load_tile(ptr, rows, stride, cols, lengths, ALIGN, EVICT)
+    return tl.where(cols[None, :] < lengths[:, None], x, OTHER)
+
+
+@triton.jit
+def finite_or_zero(m):
+    """A maximum that can be subtracted from -inf: zero where a row has seen nothing but -inf."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def max_and_sum(
+    x_ptr, rows, stride, lengths, exponent_scale, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """m = max(x) and l = sum(exp2((x - m) * exponent_scale)) of each row, both (ROWS,), in one pass over its blocks."""
+    m = tl.full((ROWS,), float("-inf"), tl.float32)
+    l = tl.zeros((ROWS, BLOCK_N), tl.float32)  # one sum per lane: summed across lanes once, at the end
+    for start in range(0, tl.max(lengths, axis=0), BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        x = load_visible(x_ptr, rows, stride, cols, lengths, float("-inf"), ALIGN, "evict_last")
+        m_new = tl.maximum(m, tl.max(x, axis=1))
+        m_safe = finite_or_zero(m_new)
+        shrink = tl.exp2((m - m_safe) * exponent_scale)
+        l = l * shrink[:, None] + tl.exp2((x - m_safe[:, None]) * exponent_scale)
+        m = m_new
+    return m, tl.sum(l, axis=1)
 
 
 @triton.jit

@@ -179,7 +179,8 @@ class RowTable(NamedTuple):
 
 
 def row_tile(arch, kernel, n_cols):
-    """Tile of `kernel` ("softmax_forward", "softmax_backward", "norm_forward", "norm_backward") for rows of n_cols."""
+    """Tile of `kernel` ("softmax_forward", "softmax_backward", "norm_forward", "norm_backward", "cross_entropy") for
+    rows of n_cols."""
     table = ROWS[table_arch(arch, ROWS)][kernel]
     for longest, elements, num_warps in table.whole:
         if n_cols <= longest:
@@ -216,6 +217,7 @@ _NVIDIA_ROWS = {
         (1, 4096, 8),
     ),
     "norm_backward": RowTable(((2048, 2048, 8), (8192, 4096, 16)), (1, 2048, 8)),
+    "cross_entropy": RowTable(((512, 1024, 4), (4096, 4096, 8)), (1, 4096, 8)),
 }
 _AMD_ROWS = {
     "softmax_forward": RowTable(((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16)), (1, 8192, 16)),
@@ -225,6 +227,7 @@ _AMD_ROWS = {
         (1, 4096, 4),
     ),
     "norm_backward": RowTable(((2048, 2048, 4), (8192, 4096, 8)), (1, 2048, 4)),
+    "cross_entropy": RowTable(((512, 1024, 4), (4096, 4096, 8)), (1, 4096, 8)),
 }
 
 ROWS = {
@@ -248,3 +251,13 @@ PIPELINE_SHARED = {
     "sm_100": 224 << 10,
     "gfx942": 0,
 }
+
+# Bytes that the logits of one chunk of rows may take. Every chunk reads and writes the whole gradient of the head.
+LOSS_CHUNK = dict.fromkeys(ROWS, 512 << 20) | {"interpret": 64 << 20}
+
+
+def loss_chunk_rows(arch, n_rows, row_bytes):
+    """Rows to a chunk: chunks of nearly equal size in multiples of 128 rows, the tensor cores' largest tile."""
+    most = max(128, LOSS_CHUNK[table_arch(arch, LOSS_CHUNK)] // row_bytes // 128 * 128)
+    chunks = max(1, -(-n_rows // most))
+    return -(-n_rows // chunks // 128) * 128 if n_rows else 128

@@ -14,8 +14,8 @@ right is zero in y and in dx. It has no influence, whatever it holds: loads stop
 
 One program holds a tile of whole rows in registers: many short rows, or one long row. Rows too long for that (the
 tables in `_tuning`) are read twice in blocks: the first pass keeps a running maximum and rescales the running sum when
-the maximum grows (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018), the second writes.
-It walks backwards, so that what was read last is met first in the cache.
+the maximum grows (`_rows.max_and_sum`), the second writes. It walks backwards, so that what was read last is met first
+in the cache.
 
 Bytes, for R rows of N elements of s bytes (R N s = one tensor):
 
@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 
 from kernels import _tuning
-from kernels._rows import alignment, as_rows, load_tile, store_tile
+from kernels._rows import alignment, as_rows, finite_or_zero, load_visible, max_and_sum, store_tile
 from kernels._runtime import arch, autocast_dtype, check_tensors, launch, register_op
 
 LOG2_E = math.log2(math.e)
@@ -49,21 +49,6 @@ def visible_columns(rows, n_rows, n_cols, n_queries, CAUSAL: tl.constexpr):
     else:
         visible = n_cols
     return tl.where(rows < n_rows, visible, 0)
-
-
-@triton.jit
-def load_visible(
-    ptr, rows, stride, cols, visible, OTHER, CAUSAL: tl.constexpr, ALIGN: tl.constexpr, EVICT: tl.constexpr
-):
-    """Tile in fp32, OTHER beyond what each row sees."""
-    x = load_tile(ptr, rows, stride, cols, visible, ALIGN, EVICT)
-    return tl.where(cols[None, :] < visible[:, None], x, OTHER)
-
-
-@triton.jit
-def finite_or_zero(m):
-    """A maximum that can be subtracted from -inf: zero where a row has seen nothing but -inf."""
-    return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
@@ -83,7 +68,7 @@ def softmax_forward_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_N)
     visible = visible_columns(rows, n_rows, n_cols, n_queries, CAUSAL)  # (ROWS,)
-    x = load_visible(x_ptr, rows, stride_x, cols, visible, float("-inf"), CAUSAL, ALIGN, "evict_first")
+    x = load_visible(x_ptr, rows, stride_x, cols, visible, float("-inf"), ALIGN, "evict_first")
     m = tl.max(x, axis=1)
     if CAUSAL:
         m = finite_or_zero(m)
@@ -111,17 +96,7 @@ def softmax_forward_blocks_kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     visible = visible_columns(rows, n_rows, n_cols, n_queries, CAUSAL)
-    m = tl.full((ROWS,), float("-inf"), tl.float32)
-    l = tl.zeros((ROWS, BLOCK_N), tl.float32)  # one sum per lane: summed across lanes once, at the end
-    for start in range(0, tl.max(visible, axis=0), BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        x = load_visible(x_ptr, rows, stride_x, cols, visible, float("-inf"), CAUSAL, ALIGN, "evict_last")
-        m_new = tl.maximum(m, tl.max(x, axis=1))
-        m_safe = finite_or_zero(m_new)
-        shrink = tl.exp2((m - m_safe) * exponent_scale)
-        l = l * shrink[:, None] + tl.exp2((x - m_safe[:, None]) * exponent_scale)
-        m = m_new
-    total = tl.sum(l, axis=1)
+    m, total = max_and_sum(x_ptr, rows, stride_x, visible, exponent_scale, ALIGN, ROWS, BLOCK_N)
     if CAUSAL:
         m = finite_or_zero(m)
         total = tl.where(total == 0.0, 1.0, total)
@@ -129,7 +104,7 @@ def softmax_forward_blocks_kernel(
     last = (n_cols - 1) // BLOCK_N * BLOCK_N
     for back in range(0, n_cols, BLOCK_N):
         cols = last - back + tl.arange(0, BLOCK_N)
-        x = load_visible(x_ptr, rows, stride_x, cols, visible, float("-inf"), CAUSAL, ALIGN, "evict_first")
+        x = load_visible(x_ptr, rows, stride_x, cols, visible, float("-inf"), ALIGN, "evict_first")
         y = tl.exp2((x - m[:, None]) * exponent_scale) * (1.0 / total)[:, None]
         store_tile(y_ptr, y, rows, n_cols, cols, lengths, ALIGN)
 
@@ -153,8 +128,8 @@ def softmax_backward_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_N)
     visible = visible_columns(rows, n_rows, n_cols, n_queries, CAUSAL)
-    y = load_visible(y_ptr, rows, stride_y, cols, visible, 0.0, CAUSAL, ALIGN, "evict_first")
-    dy = load_visible(dy_ptr, rows, stride_dy, cols, visible, 0.0, CAUSAL, ALIGN, "evict_first")
+    y = load_visible(y_ptr, rows, stride_y, cols, visible, 0.0, ALIGN, "evict_first")
+    dy = load_visible(dy_ptr, rows, stride_dy, cols, visible, 0.0, ALIGN, "evict_first")
     dot = tl.sum(y * dy, axis=1)
     dx = scale * y * (dy - dot[:, None])
     store_tile(dx_ptr, dx, rows, n_cols, cols, tl.where(rows < n_rows, n_cols, 0), ALIGN)
@@ -181,16 +156,16 @@ def softmax_backward_blocks_kernel(
     products = tl.zeros((ROWS, BLOCK_N), tl.float32)
     for start in range(0, tl.max(visible, axis=0), BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        y = load_visible(y_ptr, rows, stride_y, cols, visible, 0.0, CAUSAL, ALIGN, "evict_last")
-        dy = load_visible(dy_ptr, rows, stride_dy, cols, visible, 0.0, CAUSAL, ALIGN, "evict_last")
+        y = load_visible(y_ptr, rows, stride_y, cols, visible, 0.0, ALIGN, "evict_last")
+        dy = load_visible(dy_ptr, rows, stride_dy, cols, visible, 0.0, ALIGN, "evict_last")
         products += y * dy
     dot = tl.sum(products, axis=1)
     lengths = tl.where(rows < n_rows, n_cols, 0)
     last = (n_cols - 1) // BLOCK_N * BLOCK_N
     for back in range(0, n_cols, BLOCK_N):
         cols = last - back + tl.arange(0, BLOCK_N)
-        y = load_visible(y_ptr, rows, stride_y, cols, visible, 0.0, CAUSAL, ALIGN, "evict_first")
-        dy = load_visible(dy_ptr, rows, stride_dy, cols, visible, 0.0, CAUSAL, ALIGN, "evict_first")
+        y = load_visible(y_ptr, rows, stride_y, cols, visible, 0.0, ALIGN, "evict_first")
+        dy = load_visible(dy_ptr, rows, stride_dy, cols, visible, 0.0, ALIGN, "evict_first")
         store_tile(dx_ptr, scale * y * (dy - dot[:, None]), rows, n_cols, cols, lengths, ALIGN)
 
 

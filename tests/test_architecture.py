@@ -111,13 +111,13 @@ for attn, norm in (("reference", "reference"), ("sdpa", "torch")):
 assert generate.main(["--run", "runs/tiny-sdpa", "--prompt", "line", "--device", "cpu", "--max-new-tokens", "3"]) == 0
 assert "triton" not in sys.modules
 sys.stderr = sys.stdout
-for flags in (["--attn", "triton"], ["--attn", "triton-softmax"], ["--norm", "triton"]):
+for flags in (["--attn", "triton"], ["--attn", "triton-softmax"], ["--norm", "triton"], ["--loss", "triton"]):
     assert train.main([*shape, "--device", "cpu", *flags]) == 2
 """,
         tmp_path,
     )
     errors = [line for line in out.splitlines() if line.startswith("error")]
-    assert len(errors) == 3 and all("triton cannot be imported" in e and "--attn sdpa" in e for e in errors)
+    assert len(errors) == 4 and all("triton cannot be imported" in e and "--attn sdpa" in e for e in errors)
 
 
 @pytest.mark.deep

@@ -61,11 +61,18 @@ def test_norm_equals_the_reference(name, device):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
 
 
-def test_losses_agree():
-    x, weight, targets = torch.randn(2, 3, 8), torch.randn(11, 8), torch.randint(11, (2, 3))
-    results = [backends.loss(name)(x, weight, targets) for name in backends.LOSS]
-    torch.testing.assert_close(results[0], results[1])
-    with pytest.raises(UserError, match="reference, torch"):
+@pytest.mark.parametrize("name", backends.LOSS)
+def test_loss_equals_the_reference(name, device):
+    x, weight = (torch.randn(s, device=device, requires_grad=True) for s in ((2, 3, 8), (11, 8)))
+    targets = torch.randint(11, (2, 3), device=device)
+    losses = [loss(x, weight, targets) for loss in (backends.loss(name), reference.linear_cross_entropy)]
+    got, expected = ((loss, *torch.autograd.grad(loss, (x, weight))) for loss in losses)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_a_loss_that_nobody_knows():
+    with pytest.raises(UserError, match="--loss fused: unknown; it can be reference, torch, triton or package"):
         backends.loss("fused")
 
 
@@ -125,11 +132,12 @@ def test_what_cannot_train_is_refused(own_kernels):
 
 
 def test_defaults_by_device():
-    assert backends.default_names(CPU) == ("sdpa", "torch")
-    assert backends.default_names(torch.device("cuda")) == ("triton", "triton")
-    assert not backends.is_interpreted("sdpa", "torch", CPU)
-    assert backends.is_interpreted("sdpa", "triton", CPU) and backends.is_interpreted("triton-softmax", "torch", CPU)
-    assert not backends.is_interpreted("triton", "triton", torch.device("cuda"))
+    assert backends.default_names(CPU) == ("sdpa", "torch", "torch")
+    assert backends.default_names(torch.device("cuda")) == ("triton", "triton", "triton")
+    assert not backends.is_interpreted("sdpa", "torch", "torch", CPU)
+    for names in (("sdpa", "triton", "torch"), ("triton-softmax", "torch", "torch"), ("sdpa", "torch", "triton")):
+        assert backends.is_interpreted(*names, CPU)
+    assert not backends.is_interpreted("triton", "triton", "triton", torch.device("cuda"))
 
 
 def test_a_cpu_run_chooses_the_interpreter_first_thing(monkeypatch):

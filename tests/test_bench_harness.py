@@ -10,10 +10,12 @@ from bench import (
     attention,
     command,
     compiled,
+    cross_entropy,
     environment,
     gate,
     harness,
     layernorm,
+    linear_cross_entropy,
     output,
     providers,
     softmax,
@@ -90,6 +92,7 @@ def test_attention_flops_and_bytes_by_hand():
         (layernorm.LayerNorm(), "layer_norm", 2 * 60, 3 * 60),
         (layernorm.LayerNorm(), "rms_norm", 2 * 60, 3 * 60),
         (layernorm.LayerNorm(), "add_layer_norm", 4 * 60, 4 * 60),
+        (cross_entropy.CrossEntropy(), "cross_entropy", 60, 2 * 60),
     ],
 )
 def test_row_bytes_by_hand(bench, op, fwd, bwd):
@@ -97,6 +100,14 @@ def test_row_bytes_by_hand(bench, op, fwd, bwd):
     assert bench.bytes(case, "fwd") == 2 * fwd
     assert bench.bytes(case, "bwd") == 2 * bwd
     assert bench.bytes({**case, "dtype": "fp32"}, "fwd+bwd") == 4 * (fwd + bwd)
+
+
+def test_head_and_loss_by_hand():
+    bench = linear_cross_entropy.LinearCrossEntropy()
+    case = {"dtype": "bf16", "tokens": 6, "width": 4, "classes": 10}
+    assert bench.flops(case, "fwd") == 2 * 6 * 4 * 10  # logits; then their gradient's product with weight and x
+    assert bench.flops(case, "fwd+bwd") == 3 * bench.flops(case, "fwd") == 1.5 * bench.flops(case, "bwd")
+    assert bench.bytes(case, "fwd+bwd") == 2 * 2 * (6 * 4 + 10 * 4)
 
 
 def test_rate_and_share_by_hand():
@@ -345,14 +356,18 @@ def test_every_op_can_be_compiled_for_a_gpu_that_is_not_here():
     cases = [attention.Attention().compile_case({**ATTENTION, "head_dim": 64, "dropout": 0.1})]
     cases += [softmax.Softmax().compile_case({**rows, "op": op}) for op in softmax.OPS]
     cases += [layernorm.LayerNorm().compile_case({**rows, "op": op}) for op in layernorm.OPS]
+    cases += [cross_entropy.CrossEntropy().compile_case({**rows, "op": "cross_entropy"})]
+    cases += [linear_cross_entropy.LinearCrossEntropy().compile_case({"classes": 64})]
     with compiled.Workers(1) as pool:
         jobs = pool.list_jobs(cases, ["sm_90"])
     kernels = {case.name: {job.kernel for job in jobs if job.case == case.name} for case in cases}
     assert list(kernels) == [
         *("attention-d64", "softmax-n64", "causal_softmax-n64"),
         *("layer-norm-n64", "add-layer-norm-n64", "rms-norm-n64"),
+        *("cross-entropy-n64", "linear-cross-entropy-n64"),
     ]
     assert {"attention_forward_kernel", "dkdv_kernel", "dq_kernel"} <= kernels["attention-d64"]
+    assert kernels.pop("linear-cross-entropy-n64") == {"loss_and_gradient_kernel"}
     assert all(len(names) >= 2 for names in kernels.values())
 
 
@@ -373,6 +388,28 @@ def test_a_whole_run_from_the_command_line(device, tmp_path, capsys):
     assert {"sdpa fwd", "reference bwd"} <= {event.get("name") for event in trace["traceEvents"]}
 
 
+def test_the_loss_from_the_command_line(device, tmp_path):
+    flags = ["--tokens", "40", "--width", "8", "--classes", "70", "--providers", "reference,torch,triton"]
+    common = ["--budget", "0.01", "--device", device, "--out", str(tmp_path)]
+    for dtype in ("fp32", "bf16"):
+        assert command.run(linear_cross_entropy.main, [*flags, "--dtype", dtype, *common]) == 0
+        rows = table.read_csv(tmp_path / "linear_cross_entropy.csv")
+        ours = "parity" if device == "cpu" else "ok"
+        assert {r["provider"]: r["status"] for r in rows} == {"reference": "ok", "torch": "ok", "triton": ours}
+        assert {r["mode"] for r in rows} == {"fwd+bwd"}
+
+
+def half_the_loss(x, weight, targets):
+    return 0.5 * reference.linear_cross_entropy(x, weight, targets)
+
+
+def test_another_loss_is_refused(device, tmp_path):
+    flags = ["--tokens", "40", "--width", "8", "--classes", "70", "--providers", f"{__name__}:half_the_loss"]
+    assert command.run(linear_cross_entropy.main, [*flags, "--device", device, "--out", str(tmp_path)]) == 0
+    (row,) = table.read_csv(tmp_path / "linear_cross_entropy.csv")
+    assert row["status"] == "wrong"
+
+
 @pytest.mark.parametrize(
     ("main", "flags", "words"),
     [
@@ -391,6 +428,7 @@ def test_a_whole_run_from_the_command_line(device, tmp_path, capsys):
         (softmax.main, ["--op", "sigmoid"], ["'sigmoid'", "causal_softmax"]),
         (softmax.main, ["--providers", "some.module:function"], ["'some.module:function'", "liger"]),
         (layernorm.main, ["--providers", "quack"], ["'quack'", "liger"]),
+        (linear_cross_entropy.main, ["--providers", "quack"], ["'quack'", "torch-chunked"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(main, flags, words, device, tmp_path, capsys):

@@ -29,7 +29,7 @@ def test_a_whole_run_from_the_command_line(on, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"MFU = {metrics.MFU_FORMULA}" in printed and "ceiling, measured in this run: matmul" in printed
     rows = table.read_csv(tmp_path / "train.csv")
-    assert [row["provider"] for row in rows] == ["reference+torch", "sdpa+torch"]
+    assert [row["provider"] for row in rows] == ["reference+torch+torch", "sdpa+torch+torch"]
     for row in rows:
         assert row["status"] == "ok" and row["loss_difference"] < 2e-2
         assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
@@ -96,13 +96,18 @@ def test_step_times_count_every_step_after_the_warm_up(device):
     assert len(times) == 4 and len(steps) == 4 + train.WARMUP_STEPS and all(t >= 0 for t in times)
 
 
-def test_every_attention_meets_every_norm(on):
-    found = settings([*on, "--attn", "reference,sdpa", "--norm", "torch,reference", "--seq", "8,16"])
+def test_every_attention_meets_every_norm_and_loss(on):
+    flags = ["--attn", "reference,sdpa", "--norm", "torch,reference", "--seq", "8,16", "--loss", "torch"]
+    found = settings([*on, *flags])
     assert [(s.cfg.context_length, s.name) for s in found[:4]] == [
-        (8, "reference+torch"),
-        (8, "sdpa+torch"),
-        (8, "reference+reference"),
-        (8, "sdpa+reference"),
+        (8, "reference+torch+torch"),
+        (8, "sdpa+torch+torch"),
+        (8, "reference+reference+torch"),
+        (8, "sdpa+reference+torch"),
+    ]
+    assert [s.name for s in settings([*on, "--attn", "sdpa", "--norm", "torch", "--loss", "reference,triton"])] == [
+        "sdpa+torch+reference",
+        "sdpa+torch+triton",
     ]
     assert len(found) == 8 and {s.cfg.n_layers for s in found} == {1}
 
@@ -112,6 +117,7 @@ def test_every_attention_meets_every_norm(on):
     [
         (["--attn", "sdpb"], ["sdpb", *backends.ATTENTION]),
         (["--norm", "batch"], ["batch", *backends.NORM]),
+        (["--loss", "hinge"], ["hinge", *backends.LOSS]),
         (["--attn", "no.such:thing"], ["no.such:thing"]),
         (["--preset", "gpt9"], ["gpt9", "gpt2-xl"]),
         (["--seq", "0"], ["--seq"]),

@@ -117,7 +117,7 @@ def test_the_future_does_not_matter():
 
 def test_loss_is_the_cross_entropy_of_the_logits():
     idx, targets = tokens(), tokens()
-    for loss in ("reference", "torch"):
+    for loss in ("reference", "torch", "triton"):
         model = GPTModel(SMALL, loss=loss)
         expected = nn.functional.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
         torch.testing.assert_close(model.loss(idx, targets), expected)

@@ -138,4 +138,14 @@ def test_losses():
     x, weight = torch.randn(2, 3, 8, dtype=F64), torch.randn(11, 8, dtype=F64)
     targets = torch.randint(11, (2, 3))
     expected = F.cross_entropy((x @ weight.T).flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(reference.head_loss(x, weight, targets), expected)
+    torch.testing.assert_close(reference.linear_cross_entropy(x, weight, targets), expected)
+    logits = x @ weight.T
+    targets[0, 1] = 7
+    for reduction in ("mean", "sum", "none"):
+        expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=7, reduction=reduction)
+        got = reference.cross_entropy(logits, targets, ignore_index=7, reduction=reduction)
+        torch.testing.assert_close(got.flatten() if reduction == "none" else got, expected)
+    assert torch.autograd.gradcheck(
+        lambda *t: reference.linear_cross_entropy(*t, targets, ignore_index=7),
+        (x.requires_grad_(), weight.requires_grad_()),
+    )

@@ -87,7 +87,9 @@ def test_tables_bold_the_best_and_show_why_a_cell_is_empty(results):
     assert lines[3] == "| 2048 | fwd | oom | **330.0** | 310.0 |"
     assert report.speed_table(attention, "peak_mib", lowest=True).splitlines()[2].endswith("| **90.0** |")
     lines = report.train_table(train).splitlines()
-    assert lines[2].startswith("| gpt2 | 1024 | sdpa | torch | 16 | 400,000 | 41.0 (36.9 to 45.1) | 34.6% | 43% |")
+    assert lines[2].startswith(
+        "| gpt2 | 1024 | sdpa | torch | torch | 16 | 400,000 | 41.0 (36.9 to 45.1) | 34.6% | 43% |"
+    )
     assert "**420,000**" in lines[3] and "unsupported" in lines[4]
 
 

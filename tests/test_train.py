@@ -54,15 +54,22 @@ def reference_losses(text, tmp_path_factory):
     return trainer.losses(folder / "run")
 
 
-OTHERS = [("sdpa", "torch"), ("sdpa-math", "reference"), ("triton-softmax", "torch"), ("triton", "torch")]
+OTHERS = [
+    ("sdpa", "torch", "torch"),
+    ("sdpa-math", "reference", "reference"),
+    ("triton-softmax", "torch", "torch"),
+    ("triton", "torch", "torch"),
+    ("sdpa", "triton", "torch"),
+    ("sdpa", "torch", "triton"),
+]
 
 
-@pytest.mark.parametrize("attn, norm", [*OTHERS, ("sdpa", "triton")])
-def test_losses_equal_the_references(text, reference_losses, attn, norm):
-    flags = ("--steps", 20, "--stop-at", 4, "--attn", attn, "--norm", norm, "--out", "run")
+@pytest.mark.parametrize("attn, norm, loss", OTHERS)
+def test_losses_equal_the_references(text, reference_losses, attn, norm, loss):
+    flags = ("--steps", 20, "--stop-at", 4, "--attn", attn, "--norm", norm, "--loss", loss, "--out", "run")
     code, _, err = trainer.run(*LEARNING, *flags, data=text)
     assert code == 0, err
-    assert err.count("interpreter") == ("triton" in attn + norm), "said once, and only where it is so"
+    assert err.count("interpreter") == ("triton" in attn + norm + loss), "said once, and only where it is so"
     expected = reference_losses[:4]
     assert expected[0] - expected[-1] > 0.3, "the model must learn for this to mean something"
     assert trainer.losses("run") == pytest.approx(expected, abs=1e-3)
@@ -70,7 +77,9 @@ def test_losses_equal_the_references(text, reference_losses, attn, norm):
 
 @pytest.mark.deep
 def test_twenty_steps_in_the_interpreter(text, reference_losses):
-    succeed(*LEARNING, "--steps", 20, "--attn", "triton", "--norm", "triton", "--out", "run", data=text)
+    succeed(
+        *LEARNING, "--steps", 20, "--attn", "triton", "--norm", "triton", "--loss", "triton", "--out", "run", data=text
+    )
     assert trainer.losses("run") == pytest.approx(reference_losses, abs=1e-3)
 
 
@@ -237,6 +246,7 @@ BAD_INPUT = [
     (["--preset", "huge"], "--preset: invalid choice: 'huge'"),
     (["--attn", "flash"], "--attn flash: unknown; it can be reference, sdpa"),
     (["--norm", "batch"], "--norm batch: unknown; it can be reference, torch, triton"),
+    (["--loss", "hinge"], "--loss hinge: unknown; it can be reference, torch, triton or package.module:function"),
     (["--attn", "flex"], "--attn flex has no backward on a CPU"),
     (["--attn", "flex", "--drop-rate", 0.1], "--attn flex has no dropout"),
     (["--n-heads", 5], "emb_dim 32 is not a multiple of n_heads 5"),
