@@ -28,7 +28,7 @@ from bench import command, compile_cases, compiled, environment, table, timing
 from gptlib.errors import UserError
 
 ATTENTION_KERNELS = {"forward": "attention_forward_kernel", "dkdv": "dkdv_kernel", "dq": "dq_kernel"}
-ROW_KERNELS = ("softmax_forward", "softmax_backward", "norm_forward", "norm_backward")
+ROW_KERNELS = ("softmax_forward", "softmax_backward", "norm_forward", "norm_backward", "cross_entropy")
 ROUND_SECONDS = (0.02, 0.1, 0.5)  # of timing per candidate; the last round is for the three fastest
 REACH = 0.8  # of the best bound: a candidate below has no chance
 MOST = 24  # candidates that are timed, those first whose programs fill each other's gaps best
@@ -67,13 +67,16 @@ def attention_candidates(kernel, arch):
 
 
 def row_candidates(n):
-    """Tiles that hold rows of n elements whole, several to a program when short, with 8 to 64 elements a thread."""
+    """Tiles that hold rows of n elements whole, several to a program when short, and tiles that hold a block of one
+    row, with 8 to 64 elements a thread."""
     from kernels._tuning import RowTile
 
     block = max(16, 1 << (n - 1).bit_length())
     counts = [rows for rows in (1, 2, 4, 8, 16, 32, 64) if rows * block <= max(4096, block)]
-    pairs = itertools.product(counts, (1, 2, 4, 8, 16, 32))
-    return [RowTile(rows, block, warps, True) for rows, warps in pairs if 8 <= rows * block // (32 * warps) <= 64]
+    tiles = [(rows, block, True) for rows in counts]
+    tiles += [(1, part, False) for part in (1024, 2048, 4096, 8192, 16384) if 2 * part <= n]
+    pairs = itertools.product(tiles, (1, 2, 4, 8, 16, 32))
+    return [RowTile(r, b, warps, whole) for (r, b, whole), warps in pairs if 8 <= r * b // (32 * warps) <= 64]
 
 
 def shipped(point, arch):
@@ -186,9 +189,12 @@ def points(args):
                 )
         else:
             for n in args.length:
-                norm = partial(compile_cases.prepare_norm, dtype, n, "add-layer-norm")
-                softmax = partial(compile_cases.prepare_softmax, dtype, n, False)
-                found.append(Point(kernel, n, norm if kernel.startswith("norm") else softmax))
+                calls = {
+                    "norm": partial(compile_cases.prepare_norm, dtype, n, "add-layer-norm"),
+                    "softmax": partial(compile_cases.prepare_softmax, dtype, n, False),
+                    "cross": partial(compile_cases.prepare_loss, dtype, n, False),
+                }
+                found.append(Point(kernel, n, calls[kernel.split("_")[0]]))
     return found
 
 
@@ -196,6 +202,8 @@ def row_text(point, tile):
     """A line for the tables of kernels/_tuning.py."""
     if point.kernel in ATTENTION_KERNELS:
         return f"{point.kernel} D = {point.size}: {tuple(tile[:6])}"
+    if not tile.holds_row:
+        return f"{point.kernel} N = {point.size} in blocks: ({tile.rows}, {tile.block_n}, {tile.num_warps})"
     return f"{point.kernel} N <= {point.size}: ({point.size}, {tile.rows * tile.block_n}, {tile.num_warps})"
 
 

@@ -63,6 +63,30 @@ def test_candidates_are_tiles_of_the_table():
     )
 
 
+def test_long_rows_are_tried_whole_and_in_blocks():
+    from kernels import _tuning
+
+    tiles = tune.row_candidates(16384)
+    assert {(t.block_n, t.holds_row) for t in tiles if t.rows == 1} >= {(16384, True), (8192, False), (1024, False)}
+    assert all(8 <= t.rows * t.block_n // (32 * t.num_warps) <= 64 for t in tiles)
+    assert all(t.holds_row for t in tune.row_candidates(1024)) and len(set(tiles)) == len(tiles)
+    for kernel in tune.ROW_KERNELS:
+        for n in (768, 4096, 50257):
+            shipped = tune.shipped(tune.Point(kernel, n, None), "sm_90")
+            assert shipped in tune.row_candidates(n) or kernel == "norm_backward", "its rows are worked off in turn"
+    assert _tuning.ROWS["sm_90"].keys() == set(tune.ROW_KERNELS)
+
+
+def test_the_loss_is_a_point_too(tmp_path):
+    from kernels._tuning import RowTile
+
+    point = tune.Point("cross_entropy", 4096, partial(compile_cases.prepare_loss, "bfloat16", 4096, False))
+    tile = RowTile(1, 1024, 4, False)
+    with compiled.Workers(1, cache=tmp_path) as pool:
+        assert tune.admit(point, [tile], "sm_90", pool) == [tile]
+    assert tune.row_text(point, tile) == "cross_entropy N = 4096 in blocks: (1, 1024, 4)"
+
+
 def compiled_row(i, **facts):
     names = {"arch": "sm_90", "case": str(i), "kernel": "k", "status": "ok", "spill_bytes": 0, "missing": ""}
     return names | {"programs_per_sm": 1} | facts
