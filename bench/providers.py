@@ -75,8 +75,8 @@ def tokens_first(attend, q, k, v):
 
 
 def liger(function):
-    """Liger's kernel of that name; its layer norm takes eps positionally, and its RMSNorm would write in place, as its
-    cross-entropy does with the logits it is given."""
+    """Liger's kernel of that name; its layer norm takes eps positionally, and its RMSNorm would write in place. Its
+    cross-entropy does, over the logits it is given: it gets a copy, which counts."""
     kernel = getattr(importlib.import_module("liger_kernel.transformers.functional"), function)
     if function == "liger_cross_entropy":
         return lambda logits, targets: kernel(logits.clone(), targets)

@@ -8,8 +8,8 @@ The maximum is subtracted from x_t and x_j before anything else, which is exact 
 A row whose target is `ignore_index` has loss 0 and gradient 0; a target outside of [0, V) gives NaN in both.
 
 `linear_cross_entropy` is the head x W^T and this loss, for x (R, C) and W (V, C). The R x V logits are most of the
-memory of a small GPT's step (R = 16,384, V = 50,257: 1.6 GB in bf16, and eager PyTorch holds four such tensors, two of
-them in fp32), so they exist in chunks of rows only, one after the other in one buffer:
+memory of a small GPT's step (R = 16,384, V = 50,257: 1.6 GB in bf16, and at its peak eager PyTorch holds three tensors
+of their size in fp32), so they exist in chunks of rows only, one after the other in one buffer:
 
     logits = x_chunk W^T                         matrix product (torch)
     loss, logits <- d loss / d logits            this file's kernel, in place
@@ -27,7 +27,7 @@ backwards through what the cache still holds, to write the gradient. Bytes for R
     backward    read, write         2 R V s
     in place    read twice, write   3 R V s, the second read from the cache
 
-Supported: float32, float16, bfloat16; int64 targets; any V below 2^31 and any number of rows; logits of any strides.
+Supported: float32, float16, bfloat16; int64 targets; any V up to 2^30 and any number of rows; logits of any strides.
 
 Sources: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024 (why the logits must go); Hsu et
 al., "Liger Kernel", 2024 (chunks whose gradients are made in the forward).
@@ -228,7 +228,8 @@ def linear_cross_entropy_forward(x, weight, targets, ignore_index, needs_dx, nee
 
 def product(a, b, out, accumulate=False):
     """out = a b, or out += a b, with out in fp32 whatever the dtype of a and b."""
-    if a.device.type == "cuda" and a.dtype != torch.float32:
+    in_fp32 = torch.backends.cuda.matmul.allow_fp16_accumulation and a.dtype == torch.float16  # cuBLAS then refuses
+    if a.device.type == "cuda" and a.dtype != torch.float32 and not in_fp32:
         if accumulate:
             torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
         else:
@@ -281,8 +282,8 @@ def _run_linear(x, weight, targets, ignore_index, mean, dtype, needs_dx, needs_d
     losses, dx, dweight = linear_cross_entropy_forward(
         as_rows(x.to(dtype)), as_rows(weight.to(dtype)), targets.contiguous(), ignore_index, needs_dx, needs_dweight
     )
-    count = (targets != ignore_index).sum() if mean else torch.ones((), device=x.device)
-    return losses.sum() / count, 1.0 / count.clamp(min=1), dx, dweight
+    count = (targets != ignore_index).sum(dtype=torch.float32) if mean else losses.new_ones(())
+    return losses.sum() / count, count.clamp(min=1).reciprocal(), dx, dweight
 
 
 def _fake_linear(x, weight, targets, ignore_index, mean, dtype, needs_dx, needs_dweight):
@@ -350,7 +351,10 @@ def cross_entropy(logits, targets, *, ignore_index=-100, reduction="mean"):
     Raises:
         ValueError: an argument outside of the above (named, with its value), or tensors where the kernels cannot run.
     """
-    _check("cross_entropy", targets, ignore_index, reduction, REDUCTIONS, logits=logits)
+    op = "cross_entropy"
+    check_tensors(op, logits=logits)
+    classes = logits.shape[-1] if logits.dim() else 0
+    _check(op, "logits", logits, targets, classes, ignore_index, reduction, REDUCTIONS)
     losses, *_ = _cross_entropy(logits, targets, ignore_index)
     if reduction == "none":
         return losses.view(targets.shape)
@@ -360,9 +364,9 @@ def cross_entropy(logits, targets, *, ignore_index=-100, reduction="mean"):
 def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="mean"):
     """cross_entropy(x weight^T, targets) without storing the logits: the output head of a language model and its loss.
 
-    Gradients are made in the forward (unless nothing asks for them), in chunks of rows whose logits take at most half a
-    gigabyte on a GPU, and accumulated in fp32. Under autocast x and weight are cast to its dtype, as linear layers do,
-    and the gradient of an fp32 weight is not rounded to it.
+    Gradients are made in the forward (unless nothing asks for them), in chunks of rows (128 at least) whose logits take
+    half a gigabyte at most on a GPU, and accumulated in fp32. Under autocast x and weight are cast to its dtype, as
+    linear layers do, and the gradient of an fp32 weight is not rounded to it.
 
     Args:
         x: (..., C), float32, float16 or bfloat16.
@@ -378,10 +382,12 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="me
         NotImplementedError: second derivatives, vmap.
     """
     op = "linear_cross_entropy"
-    _check(op, targets, ignore_index, reduction, REDUCTIONS[:2], x=x, weight=weight)
+    check_tensors(op, x=x, weight=weight)
+    width = x.shape[-1] if x.dim() else None
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != width:
+        raise ValueError(f"{op}: weight must be (V, C), V >= 1 and C = {width} as x has, got {tuple(weight.shape)}")
+    _check(op, "x", x, targets, weight.shape[0], ignore_index, reduction, REDUCTIONS[:2])
     dtype = autocast_dtype(x) or x.dtype
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"{op}: weight must be (V, C) with C = {x.shape[-1]} as x has, got {tuple(weight.shape)}")
     if autocast_dtype(x) is None and weight.dtype != x.dtype:
         raise ValueError(f"{op}: weight is {weight.dtype} but x is {x.dtype}; use one dtype")
     differentiable = torch.is_grad_enabled()
@@ -392,9 +398,7 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="me
     return loss
 
 
-def _check(op, targets, ignore_index, reduction, reductions, **tensors):
-    check_tensors(op, **tensors)
-    name, x = next(iter(tensors.items()))
+def _check(op, name, x, targets, classes, ignore_index, reduction, reductions):
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; its last dimension needs at least one element")
     if not isinstance(targets, torch.Tensor) or targets.dtype != torch.int64:
@@ -406,11 +410,10 @@ def _check(op, targets, ignore_index, reduction, reductions, **tensors):
         )
     if targets.device != x.device:
         raise ValueError(f"{op}: targets are on {targets.device} but {name} is on {x.device}; use one device")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise ValueError(f"{op}: ignore_index must be an int, got {ignore_index!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{op}: ignore_index must be an int of 64 bits, got {ignore_index!r}")
     if reduction not in reductions:
         raise ValueError(f"{op}: reduction must be one of {', '.join(reductions)}, got {reduction!r}")
-    classes = tensors.get("weight", x).shape[0 if "weight" in tensors else -1]
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = targets[((targets < 0) | (targets >= classes)) & (targets != ignore_index)]
         if wrong.numel():

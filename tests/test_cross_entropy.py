@@ -17,7 +17,7 @@ from tests import rows
 from tests.oracle import assert_matches
 
 IGNORED = -100
-interpreter_only = pytest.mark.skipif(not INTERPRETED, reason="counts the interpreter's loads and stores")
+interpreter_only = pytest.mark.skipif(not INTERPRETED, reason="about the interpreter, or about CPU tensors")
 
 
 def make_targets(shape, classes, device, ignored=0.2):
@@ -29,21 +29,31 @@ def check(logits, targets, **options):
     """Losses and gradients of kernels.cross_entropy held to the rule."""
     grad = torch.randn(targets.shape if options.get("reduction") == "none" else (), device=logits.device)
     out, eager, ref = rows.run_three_ways(lambda m, x: m.cross_entropy(x, targets, **options), [logits], [grad])
-    # the loss, fp32, is a difference of logits: one of their roundings is of their size
-    size = rows.rounding_scale(ref[0], logits.abs().max(), torch.float32)
-    assert_matches("loss", out[0], ref[0], eager[0], scale=size)
-    assert_matches("dlogits", out[1], ref[1], eager[1])
+    # fp32 roundings that may cancel: the loss is a difference of logits, its gradient one of p <= 1 and 1
+    counted = (
+        (targets != options.get("ignore_index", IGNORED)).sum() if options.get("reduction") in (None, "mean") else 1
+    )
+    assert_scaled("loss", out[0], ref[0], eager[0], logits.abs().max())
+    assert_scaled("dlogits", out[1], ref[1], eager[1], grad.abs().max() / counted)
     return out
+
+
+def assert_scaled(name, out, ref, eager, intermediate, **options):
+    """The rule, with fp32 intermediates as large as `intermediate`."""
+    assert_matches(name, out, ref, eager, scale=rows.rounding_scale(ref, intermediate, out.dtype), **options)
 
 
 def check_linear(x, weight, targets, **options):
     """Loss and gradients of kernels.linear_cross_entropy held to the rule."""
     grad = torch.tensor(0.7, device=x.device)
+    counted = (targets != options.get("ignore_index", IGNORED)).sum() if options.get("reduction") != "sum" else 1
+    dlogits = grad / counted
     out, eager, ref = rows.run_three_ways(
         lambda m, *t: m.linear_cross_entropy(*t, targets, **options), [x, weight], [grad]
     )
-    for name, *results in zip(("loss", "dx", "dweight"), out, ref, eager, strict=True):
-        assert_matches(name, *results, rows=targets.numel() if name == "dweight" else None)
+    assert_scaled("loss", out[0], ref[0], eager[0], (x.double().flatten(0, -2) @ weight.double().T).abs().max())
+    assert_scaled("dx", out[1], ref[1], eager[1], dlogits * weight.abs().max())
+    assert_scaled("dweight", out[2], ref[2], eager[2], dlogits * x.abs().max(), rows=targets.numel())
     return out
 
 
@@ -189,7 +199,11 @@ def test_rows_of_a_chunk(n_rows, row_bytes, rows_):
 def test_only_the_gradients_asked_for_are_made(device):
     x, weight = rows.make((9, 8), torch.float32, device), rows.make((30, 8), torch.float32, device)
     targets = make_targets((9,), 30, device, 0)
-    both = rows.run(lambda *t: kernels.linear_cross_entropy(*t, targets), [x, weight], [torch.tensor(1.0)])
+    both = rows.run(
+        lambda *t: kernels.linear_cross_entropy(*t, targets),
+        [x, weight],
+        [torch.ones((), device=device, dtype=torch.float32)],
+    )
     for wanted in ((True, False), (False, True), (False, False)):
         leaves = [t.clone().requires_grad_(w) for t, w in zip((x, weight), wanted, strict=True)]
         with record_kernels() as launched:
@@ -233,6 +247,26 @@ def test_the_gradient_of_a_second_backward_is_the_same(device):
     torch.testing.assert_close(3 * first, second)
 
 
+def test_the_default_dtype_of_torch_changes_nothing(device):
+    x, weight = rows.make((37, 8), torch.float32, device), rows.make((30, 8), torch.float32, device)
+    targets = make_targets((37,), 30, device)
+
+    def run():
+        return rows.run(
+            lambda *t: kernels.linear_cross_entropy(*t, targets),
+            [x, weight],
+            [torch.ones((), device=device, dtype=torch.float32)],
+        )
+
+    expected = run()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_empty_inputs(device):
     x, weight = torch.empty(0, 4, device=device).requires_grad_(), torch.randn(5, 4, device=device).requires_grad_()
     targets = torch.empty(0, dtype=torch.int64, device=device)
@@ -244,35 +278,40 @@ def test_empty_inputs(device):
 
 # ---- what cannot be --------------------------------------------------------------------------------------------------
 
-X, TARGETS = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
-
 
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: kernels.cross_entropy(X.double(), TARGETS), "logits has dtype torch.float64"),
-        (lambda: kernels.cross_entropy(torch.tensor(1.0), TARGETS), r"logits has shape \(\)"),
-        (lambda: kernels.cross_entropy(torch.zeros(3, 0), TARGETS), r"logits has shape \(3, 0\)"),
-        (lambda: kernels.cross_entropy(X, [0, 0, 0]), "targets must be an int64 tensor, got list"),
-        (lambda: kernels.cross_entropy(X, TARGETS.int()), "targets must be an int64 tensor, got torch.int32"),
-        (lambda: kernels.cross_entropy(X, TARGETS[:2]), r"targets must have shape \(3,\) as logits has, got \(2,\)"),
-        (lambda: kernels.cross_entropy(X, TARGETS, ignore_index=0.5), "ignore_index must be an int, got 0.5"),
-        (lambda: kernels.cross_entropy(X, TARGETS, reduction="max"), "one of mean, sum, none, got 'max'"),
-        (lambda: kernels.linear_cross_entropy(X, X, TARGETS, reduction="none"), "one of mean, sum, got 'none'"),
-        (lambda: kernels.linear_cross_entropy(X, X[:, :2], TARGETS), r"weight must be \(V, C\) with C = 4"),
-        (lambda: kernels.linear_cross_entropy(X, X.half(), TARGETS), "weight is torch.float16 but x is torch.float32"),
+        (lambda x, t: kernels.cross_entropy(x.double(), t), "logits has dtype torch.float64"),
+        (lambda x, t: kernels.cross_entropy(x[0, 0], t), r"logits has shape \(\)"),
+        (lambda x, t: kernels.cross_entropy(x[:, :0], t), r"logits has shape \(3, 0\)"),
+        (lambda x, t: kernels.cross_entropy(x, [0, 0, 0]), "targets must be an int64 tensor, got list"),
+        (lambda x, t: kernels.cross_entropy(x, t.int()), "targets must be an int64 tensor, got torch.int32"),
+        (lambda x, t: kernels.cross_entropy(x, t[:2]), r"targets must have shape \(3,\) as logits has, got \(2,\)"),
+        (lambda x, t: kernels.cross_entropy(x, t.to("meta")), "targets are on meta but logits is on"),
+        (lambda x, t: kernels.cross_entropy(x, t, ignore_index=0.5), "ignore_index must be an int of 64 bits, got 0.5"),
+        (lambda x, t: kernels.cross_entropy(x, t, ignore_index=2**63), "ignore_index must be an int of 64 bits"),
+        (lambda x, t: kernels.cross_entropy(x, t, reduction="max"), "one of mean, sum, none, got 'max'"),
+        (lambda x, t: kernels.linear_cross_entropy(x, x, t, reduction="none"), "one of mean, sum, got 'none'"),
+        (lambda x, t: kernels.linear_cross_entropy(x, x[:, :2], t), r"weight must be \(V, C\).* C = 4.*got \(3, 2\)"),
+        (lambda x, t: kernels.linear_cross_entropy(x, x[:0], t), r"V >= 1.*got \(0, 4\)"),
+        (lambda x, t: kernels.linear_cross_entropy(x, x[0, 0], t), r"weight must be .*got \(\)"),
+        (lambda x, t: kernels.linear_cross_entropy(x[0, 0], x, t), "weight must be .* C = None as x has"),
+        (lambda x, t: kernels.linear_cross_entropy(x, x.half(), t), "weight is torch.float16 but x is torch.float32"),
     ],
 )
-def test_bad_input_is_named(call, words):
+def test_bad_input_is_named(call, words, device):
     with pytest.raises(ValueError, match=words):
-        call()
+        call(torch.zeros(3, 4, device=device), torch.zeros(3, dtype=torch.int64, device=device))
 
 
+@interpreter_only
 @pytest.mark.parametrize("target", [4, -1, -101, 2**40])
 def test_targets_that_are_no_class(target):
-    targets = torch.tensor([0, target, 3])
-    for call in (lambda: kernels.cross_entropy(X, targets), lambda: kernels.linear_cross_entropy(X, X, targets)):
-        with pytest.raises(ValueError, match=f"target {target} is not one of the "):
+    x, targets = torch.zeros(3, 4), torch.tensor([0, target, 3])
+    weight = torch.zeros(4, 4)
+    for call in (lambda: kernels.cross_entropy(x, targets), lambda: kernels.linear_cross_entropy(x, weight, targets)):
+        with pytest.raises(ValueError, match=f"target {target} is not one of the 4 classes, 0 to 3"):
             call()
 
 
@@ -403,6 +442,18 @@ def test_odd_vocabularies_are_read_sixteen_bytes_at_a_time(arch):
     for _, grid, args, constexprs, _ in launches:
         assert grid == (4608,) or grid == (9000 - 4608,)
         assert args[0].stride() == (50304, 1) and args[3] == 50304 and constexprs["ALIGN"] == 8
+
+
+@pytest.mark.gpu
+def test_gradients_do_not_overtake_the_losses():
+    """In place: what the fused kernel says of a logit that it overwrites is what the forward says of it."""
+    logits = torch.randn(512, 50304, dtype=torch.bfloat16, device="cuda")[:, :50257]
+    x, weight = torch.eye(512, dtype=torch.bfloat16, device="cuda"), logits.T.contiguous()
+    targets = torch.randint(50257, (512,), device="cuda")
+    expected = cross_entropy_forward(logits, targets, IGNORED)[0]
+    for _ in range(20):
+        losses = linear_cross_entropy_forward(x, weight, targets, IGNORED, True, False)[0]
+        assert torch.equal(losses, expected)
 
 
 @pytest.mark.gpu

@@ -115,10 +115,10 @@ def test_the_future_does_not_matter():
     assert not torch.allclose(before[:, 6:], after[:, 6:])
 
 
-def test_loss_is_the_cross_entropy_of_the_logits():
+def test_loss_is_the_cross_entropy_of_the_logits(device):
     idx, targets = tokens(), tokens()
     for loss in ("reference", "torch", "triton"):
-        model = GPTModel(SMALL, loss=loss)
+        model, idx, targets = GPTModel(SMALL, loss=loss).to(device), idx.to(device), targets.to(device)
         expected = nn.functional.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
         torch.testing.assert_close(model.loss(idx, targets), expected)
 
