@@ -46,7 +46,7 @@ from gptlib.prepare import prepare
 MEASURED = ["step", "tokens", "train_loss", "val_loss", "tokens_per_s"]
 COLUMNS = ["bench", "provider", "attn", "norm", "seed", "preset", "dtype", *MEASURED, "device"]
 SHOWN = ["attention+norm", "training rms", "largest", "validation rms", "at the end", "of the spread", ""]
-EVALUATIONS, EVAL_WINDOWS = 10, 64  # the same windows in all runs: few are enough to compare
+ROWS, EVALUATIONS, EVAL_WINDOWS = 40, 10, 64  # the same windows in all runs: few are enough to compare
 ON_GPU = {"preset": "seed-124m", "attn": ["reference", "sdpa", "triton"], "steps": 1000}
 ON_CPU = {"preset": "tiny", "attn": ["reference", "sdpa"], "steps": 200}
 OURS = (  # flags of the trainer that cannot be passed on
@@ -128,9 +128,10 @@ def trainings_of(args):
 
 def flags_of(training, args, device):
     """The trainer's command line for one training: what the flags passed on may change, they, what they may not."""
-    log_every = 10 if args.steps >= 100 else 1
+    log_every = max(1, args.steps // ROWS)
+    defaults = options.DEFAULTS[""] | options.DEFAULTS.get(args.preset, {})
     first = {
-        "warmup-steps": args.steps // 8,
+        "warmup-steps": min(defaults["warmup_steps"], args.steps // 2),  # too few, and rounding alone parts the curves
         "log-every": log_every,
         "eval-every": log_every * max(1, args.steps // log_every // EVALUATIONS),
         "eval-windows": EVAL_WINDOWS,
@@ -145,7 +146,7 @@ def flags_of(training, args, device):
 
 
 def refuse_early(trainings, args, device):
-    """UserError for whatever the trainer would refuse, before the first training and with nothing written."""
+    """UserError for whatever the trainer would refuse, before the first training. Writes the text's tokens only."""
     passed = vars(options.parse(args.trainer))
     for name in OURS:
         if passed[name] not in (None, False):
