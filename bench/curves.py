@@ -127,7 +127,7 @@ def trainings_of(args):
 
 
 def flags_of(training, args, device):
-    """The trainer's command line for one training: what the flags passed on may change, they, what they may not."""
+    """The trainer's command line for one training. Flags after -- override the first of these, not the last."""
     log_every = max(1, args.steps // ROWS)
     defaults = options.DEFAULTS[""] | options.DEFAULTS.get(args.preset, {})
     first = {

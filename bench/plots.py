@@ -248,21 +248,21 @@ def loss_curves(result):
     seed, other = facts["seeds"]
     base, second = runs.pop((spread.BASE, seed)), runs.pop((spread.BASE, other))
     draw_run(above, second, GREY, 1.4, "-")
-    draw_run(above, base, BLACK, 5, "-", alpha=0.3)
+    draw_run(above, base, BLACK, 3 + 1.2 * len(runs), "-", alpha=0.3)
     band = [(step, max(abs(d), LEAST)) for step, d in spread.differences(second, base, "train_loss")]
     below.fill_between(*zip(*band, strict=True), LEAST, color=GREY, alpha=0.25, linewidth=0)
     draw_distance(below, second, base, GREY, "-")
     handles = [Line2D([], [], color=BLACK, alpha=0.3, linewidth=5, label=f"reference, seed {seed}")]
     handles += [Line2D([], [], color=GREY, label=f"reference, seed {other}")]
-    for (provider, _), run in runs.items():
+    for left, ((provider, _), run) in zip(range(len(runs), 0, -1), runs.items(), strict=True):
         colour, _, line = style(run[0]["attn"] if run[0]["norm"] == "reference" else provider)
-        draw_run(above, run, colour, 1.4, line)
+        draw_run(above, run, colour, 1.2 * left, line)  # where curves coincide, the one below shows at the sides
         draw_distance(below, run, base, colour, line)
         handles += [Line2D([], [], color=colour, linestyle=line, label=provider.removesuffix("+reference"))]
     handles += [Line2D([], [], color=GREY, marker="o", markersize=4, linestyle="", label="validation")]
-    handles += [Patch(color=GREY, alpha=0.25, linewidth=0, label="within the other seed's")]
+    handles += [Patch(color=GREY, alpha=0.25, linewidth=0, label=f"nearer than seed {other}")]
     above.set_ylabel("loss, nats per token", fontsize=9)
-    below.set_ylabel(f"distance from seed {seed}'s reference", fontsize=9)
+    below.set_ylabel(f"distance from the reference, seed {seed}", fontsize=9)
     below.set_yscale("log")
     below.set_ylim(bottom=LEAST)
     below.set_xlabel("step", fontsize=9)

@@ -13,8 +13,9 @@ most those between the reference's two seeds. val_last is shown and not judged: 
 chance often enough. The largest of the three quotients is the contestant's `ratio`.
 
 The rule is lenient. Another seed means other weights and other batches, so the spread holds the noise of the batches; a
-contestant has the reference's weights and batches and may differ by rounding alone. What is right lies far below 1,
-where another right implementation lies: read a ratio beside sdpa's.
+contestant has the reference's weights and batches and may differ by rounding alone. A ratio near 1 is therefore no
+pass to be content with: what is right lies where another right implementation lies, so read it beside sdpa's. How far
+that is depends on the training, which amplifies rounding, and most of all while it is unstable.
 """
 
 import math

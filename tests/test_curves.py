@@ -135,6 +135,9 @@ def test_a_run_is_made_again_and_a_report_is_drawn(in_process, capsys):
     assert (in_process / "results" / "cpu" / "curves.png").read_bytes().startswith(b"\x89PNG")
     (result,) = report.load(in_process / "results")
     assert [line.split(":")[0] for line in report.digest(result)] == ["curves tiny"] * 2
+    table.write_json(result.folder / "curves.json", {**result.facts, "complete": False, "verdicts": []})
+    (cut_short,) = report.load(in_process / "results")
+    assert report.pictures(cut_short) == [] and "cut short" in report.results_page([cut_short], in_process / "results")
 
 
 def breaks_late(q, k, v, *, scale=None, dropout_p=0.0):
