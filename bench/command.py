@@ -73,12 +73,12 @@ def parser(description):
 
 
 def run(main, argv=None):
-    """Exit status of `main(argv)`: 2 and one line on stderr for a user's mistake, 130 when interrupted."""
+    """Exit status: what `main(argv)` returns, 0 for None; 2 and one line on stderr for a user's mistake, 130 when
+    interrupted."""
     try:
-        main(argv)
+        return main(argv) or 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0

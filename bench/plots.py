@@ -7,6 +7,9 @@ import os
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from bench import spread
 
 # Okabe and Ito's palette without its yellow, which is too pale on white
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
@@ -49,6 +52,8 @@ def draw_all(found):
         elif result.timed and result.bench == "linear_cross_entropy":
             yield by_length(result, "classes", "rate", "linear_cross_entropy.png", panels=("tokens", "mode"))
             yield by_length(result, "classes", "peak_mib", "linear_cross_entropy-memory.png", panels=("tokens", "mode"))
+        elif result.bench == "curves" and result.judged:
+            yield loss_curves(result)
         elif result.timed:
             yield training_bars(result)
     for folder in dict.fromkeys(r.folder for r in found):
@@ -230,3 +235,58 @@ def roofline(folder, found):
     tidy(axes)
     add_legend(figure, list(dict.fromkeys(key[2] for key in best)), lines=False)
     return finish(figure, folder / "roofline.png")
+
+
+# ---- loss curves -----------------------------------------------------------------------------------------------------
+
+LEAST = 1e-5  # nats: losses are stored with six digits
+
+
+def loss_curves(result):
+    """Losses over steps, and below how far each run lies from the reference of its seed, beside the other seed's."""
+    facts = result.facts
+    title = f"{facts['preset']}, {result.rows[0]['dtype']}: loss by kind of attention, without dropout"
+    options = {"sharex": True, "height_ratios": [3, 2.4]}
+    figure, ((above,), (below,)) = new_figure(9.5, 6.2, 2, 1, title, where(result), **options)
+    runs = spread.runs_of(result.rows)
+    seed, other = facts["seeds"]
+    base, second = runs.pop((spread.BASE, seed)), runs.pop((spread.BASE, other))
+    draw_run(above, second, GREY, 1.4, "-")
+    draw_run(above, base, BLACK, 3 + 1.2 * len(runs), "-", alpha=0.3)
+    band = [(step, max(abs(d), LEAST)) for step, d in spread.differences(second, base, "train_loss")]
+    below.fill_between(*zip(*band, strict=True), LEAST, color=GREY, alpha=0.25, linewidth=0)
+    draw_distance(below, second, base, GREY, "-")
+    handles = [Line2D([], [], color=BLACK, alpha=0.3, linewidth=5, label=f"reference, seed {seed}")]
+    handles += [Line2D([], [], color=GREY, label=f"reference, seed {other}")]
+    for left, ((provider, _), run) in zip(range(len(runs), 0, -1), runs.items(), strict=True):
+        colour, _, line = style(run[0]["attn"] if run[0]["norm"] == "reference" else provider)
+        draw_run(above, run, colour, 1.2 * left, line)  # where curves coincide, the one below shows at the sides
+        draw_distance(below, run, base, colour, line)
+        handles += [Line2D([], [], color=colour, linestyle=line, label=provider.removesuffix("+reference"))]
+    handles += [Line2D([], [], color=GREY, marker="o", markersize=4, linestyle="", label="validation")]
+    handles += [Patch(color=GREY, alpha=0.25, linewidth=0, label=f"nearer than seed {other}")]
+    above.set_ylabel("loss, nats per token", fontsize=9)
+    below.set_ylabel(f"distance from the reference, seed {seed}", fontsize=9)
+    below.set_yscale("log")
+    below.set_ylim(bottom=LEAST)
+    below.set_xlabel("step", fontsize=9)
+    for axes in (above, below):
+        tidy(axes)
+    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
+    return finish(figure, result.folder / "curves.png")
+
+
+def draw_run(axes, run, colour, width, line, **look):
+    """Training losses as a line, validation losses as points."""
+    axes.plot([r["step"] for r in run], [r["train_loss"] for r in run], line, color=colour, linewidth=width, **look)
+    evaluated = [r for r in run if r["val_loss"] is not None]
+    axes.plot(
+        [r["step"] for r in evaluated], [r["val_loss"] for r in evaluated], "o", color=colour, ms=width + 2, **look
+    )
+
+
+def draw_distance(axes, run, base, colour, line):
+    """The same for the differences of two runs, without their sign; LEAST stands for all that is smaller."""
+    for column, look in (("train_loss", {"linestyle": line}), ("val_loss", {"marker": "o", "ms": 4, "linestyle": ""})):
+        points = [(step, max(abs(d), LEAST)) for step, d in spread.differences(run, base, column)]
+        axes.plot(*zip(*points, strict=True) if points else ([], []), color=colour, linewidth=1.4, **look)

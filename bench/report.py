@@ -14,12 +14,12 @@ from pathlib import Path
 if not __package__:  # run as a script: the checkout belongs on the path, not bench/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench import table
+from bench import spread, table
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 ROW_BENCHES = ("softmax", "layernorm", "cross_entropy")
-BENCHES = ("attention", *ROW_BENCHES, "linear_cross_entropy", "train", "train-compiled")
+BENCHES = ("attention", *ROW_BENCHES, "linear_cross_entropy", "train", "train-compiled", "curves")
 SHAPES = {
     "attention": ("head_dim", "seq", "mode"),
     **dict.fromkeys(ROW_BENCHES, ("length", "mode")),
@@ -39,7 +39,12 @@ class Result:
 
     @property
     def timed(self):
-        return [row for row in self.rows if row["status"] == "ok"]
+        return [row for row in self.rows if row.get("status") == "ok"]
+
+    @property
+    def judged(self):
+        """Verdicts on loss curves; none of other benches, nor of a run that was cut short."""
+        return self.facts.get("verdicts", [])
 
     @property
     def on_cpu(self):
@@ -117,6 +122,39 @@ def train_table(result):
     return markdown([*header, "of ceiling", "peak MiB"], lines)
 
 
+def curves_table(result):
+    """A line per contestant, then the two seeds of the reference: what a contestant must not exceed."""
+    seed, other = result.facts["seeds"]
+    lines = []
+    for v in result.judged:
+        names = v["provider"].rsplit("+", 1)
+        if v["ratio"] is None:
+            lines.append([*names, *[""] * 5, f"**outside**: {v['note']}"])
+        else:
+            verdict = "within" if v["within"] else "**outside**"
+            lines.append([*names, *distances(v), f"{v['ratio']:.2g}", verdict])
+    lines.append(["reference", f"reference, seed {other}", *distances(result.facts["spread"]), 1, "the spread"])
+    header = ["attn", f"norm, seed {seed}", "training, rms", "largest", "validation, rms", "at the end"]
+    return markdown([*header, "of the spread", "verdict"], lines)
+
+
+def distances(found):
+    """Cells of one distance, in nats per token."""
+    return [*(f"{found[name]:.1e}" for name in spread.JUDGED), f"{found['val_last']:+.1e}"]
+
+
+def curves_words(result):
+    """What was trained and how the table is to be read."""
+    facts = result.facts
+    tokens = result.rows[-1]["tokens"] // result.rows[-1]["step"]
+    return (
+        f"`{facts['preset']}`, {result.rows[0]['dtype']}, {facts['steps']} steps of {tokens:,} tokens without dropout, "
+        "each run a whole training. Differences from the reference's losses with the same seed, in nats per token; the "
+        "last line is the reference with another seed. A run is within the spread if it exceeds that line in none of "
+        'the first three columns; "of the spread" is the largest of the three quotients.'
+    )
+
+
 def provenance(result):
     """Where figures come from, in one line."""
     facts = result.facts
@@ -138,7 +176,7 @@ def ceilings(result):
 
 def section(result, link):
     """One bench of results/README.md. `link(name)` is the path of a picture as seen from there."""
-    titles = {"train": "Training steps", "train-compiled": "Training steps, compiled"}
+    titles = {"train": "Training steps", "train-compiled": "Training steps, compiled", "curves": "Loss curves"}
     lines = [f"### {titles.get(result.bench, result.bench.replace('_', ' ').capitalize())}", "", provenance(result), ""]
     if result.bench in SHAPES:
         unit = next((r["unit"] for r in result.rows), "")
@@ -146,6 +184,8 @@ def section(result, link):
         lines += [f"{unit} at the median; bold is the best of a line. {ceilings(result)}.{share}", ""]
         lines += [speed_table(result), "", "Peak memory in MiB, inputs included:", ""]
         lines += [speed_table(result, "peak_mib", lowest=True)]
+    elif result.bench == "curves":
+        lines += [curves_words(result), "", curves_table(result)] if result.judged else []
     else:
         lines += [f"MFU = {result.facts['mfu_formula']}. {ceilings(result)}.", "", train_table(result)]
     lines += causes(result)
@@ -156,7 +196,7 @@ def section(result, link):
 
 def causes(result):
     """What the words in place of a figure mean."""
-    found = sorted({r["status"] for r in result.rows} & set(CAUSES))
+    found = sorted({r.get("status") for r in result.rows} & set(CAUSES))
     return ["", "; ".join(f"{status}: {CAUSES[status]}" for status in found) + "."] if found else []
 
 
@@ -239,6 +279,12 @@ def replace_region(text, region):
 
 def digest(result):
     """Ours beside the fastest other, one line per shape: for the end of a run."""
+    for v in result.judged:
+        preset, share = (
+            result.facts["preset"],
+            "nothing to compare" if v["ratio"] is None else f"{v['ratio']:.2g} of it",
+        )
+        yield f"curves {preset}: {v['provider']} {'within' if v['within'] else 'OUTSIDE'} the spread of seeds, {share}"
     kernels = result.bench in SHAPES
     speed = "rate" if kernels else "tokens_per_s"
     keys = ("op", "dtype", *SHAPES[result.bench]) if kernels else ("bench", "preset", "seq")
@@ -258,7 +304,7 @@ def digest(result):
 
 def pictures(result):
     """Names of the pictures drawn for a bench."""
-    if not result.timed:
+    if not (result.timed or result.judged):
         return []
     memory = [f"{result.bench}-memory.png"] if result.bench in ("attention", "linear_cross_entropy") else []
     return [f"{result.bench}.png", *memory]
