@@ -8,8 +8,8 @@ Trains the reference with two seeds, then every --attn with every --norm with th
 itself (python -m gptlib.train, a process of its own) on the same text and without dropout. Same seed means same weights
 and same batches, so a right contestant repeats the reference's losses up to rounding. It is "within the spread" if it
 lies no farther from the reference of its own seed than the reference's other seed does; bench/spread.py says how far
-is measured, and why the ratio of the two should be far below 1 all the same. By default the norms are the reference's
-everywhere, and attention alone differs.
+is measured, and why the ratio of the two should be far below 1 all the same. By default norms and loss are the
+reference's everywhere, and attention alone differs.
 
 A contestant that is wrong only where the model does not look yet goes unnoticed: attention matters little in the first
 steps. Give --steps as many as you have time for. Flags after -- go to every training: --n-layers 2 --lr 1e-3 --compile.
@@ -131,6 +131,7 @@ def flags_of(training, args, device):
     log_every = max(1, args.steps // ROWS)
     defaults = options.DEFAULTS[""] | options.DEFAULTS.get(args.preset, {})
     first = {
+        "loss": "reference",
         "warmup-steps": min(defaults["warmup_steps"], args.steps // 2),  # too few, and rounding alone parts the curves
         "log-every": log_every,
         "eval-every": log_every * max(1, args.steps // log_every // EVALUATIONS),
