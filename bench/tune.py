@@ -216,7 +216,7 @@ def tune(args, device):
             for ms, tile in search(admitted, GpuTimer(point, device)):
                 rows.append({"kernel": point.kernel, "size": point.size, "ms": ms, "row": row_text(point, tile)})
                 print(f"  {ms:9.4f} ms  {row_text(point, tile)}")
-    path = Path(args.out) / f"{environment.device_folder(device)}.json"
+    path = Path(args.out) / f"{environment.results_folder(device).name}.json"
     table.write_json(path, {"bench": "tune", "arch": arch, **environment.describe(device, args.commit), "rows": rows})
     print(f"wrote {path}")
 
