@@ -1,6 +1,7 @@
 """Chooses the device once for the whole suite: the GPU where there is one, else Triton's interpreter.
 
-Tests that take the `device` get the marker of that name: `pytest tests -m device` runs what a GPU can say anything about.
+Tests that take the `device` get the marker of that name: `pytest tests -m device` runs what a GPU can say something
+about.
 """
 
 import os
