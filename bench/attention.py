@@ -38,7 +38,7 @@ class Attention(harness.KernelBench):
         return [
             {
                 "dtype": dtype,
-                "batch": args.batch or (max(1, GPU_TOKENS // seq) if on_gpu else 1),
+                "batch": batch or (max(1, GPU_TOKENS // seq) if on_gpu else 1),
                 "heads": args.heads or (max(1, GPU_WIDTH // head_dim) if on_gpu else CPU_HEADS),
                 "seq": seq,
                 "head_dim": head_dim,
@@ -47,6 +47,7 @@ class Attention(harness.KernelBench):
             for dtype in args.dtype
             for head_dim in head_dims
             for seq in sequences
+            for batch in args.batch or [None]
         ]
 
     def op(self, case):
@@ -96,7 +97,7 @@ def main(argv=None):
     p.add_argument("--seq", type=command.positives, metavar="T,...", help="sequence lengths")
     p.add_argument("--head-dim", type=command.positives, metavar="D,...")
     p.add_argument("--heads", type=command.positive, metavar="H")
-    p.add_argument("--batch", type=command.positive, metavar="B")
+    p.add_argument("--batch", type=command.positives, metavar="B,...")
     p.add_argument("--dropout", type=rate, default=0.0, metavar="P", help="on the weights; the check runs without")
     harness.main(Attention(), p.parse_args(argv))
 

@@ -91,6 +91,27 @@ def test_tables_bold_the_best_and_show_why_a_cell_is_empty(results):
     assert "**420,000**" in lines[3] and "unsupported" in lines[4]
 
 
+def test_a_labelled_run_has_files_a_table_and_pictures_of_its_own(results):
+    rows = [{**row, "batch": batch, "dropout": 0} for row in attention_rows()[:3] for batch in (8, 16)]
+    store(results / "h100", "attention-gpt2", rows, bench="attention")
+    store(results / "h100", "train-long", train_rows(), bench="train")
+    found = report.load(results)
+    names = [r.name for r in found if r.folder.name == "h100"]
+    assert names == ["attention", "train", "attention-gpt2", "train-long"]
+    by_batch = found[names.index("attention-gpt2")]
+    lines = report.speed_table(by_batch).splitlines()
+    assert lines[0] == "| batch | mode | reference | sdpa-cudnn | triton |"
+    assert lines[2:] == [f"| {batch} | fwd | 40.0 | 290.0 | **300.0** |" for batch in (8, 16)]
+    assert len(list(report.digest(by_batch))) == 2
+    assert {path.name for path in plots.draw_all(found)} >= {
+        *("attention.png", "attention-gpt2.png", "attention-gpt2-memory.png", "train.png", "train-long.png")
+    }
+    page = report.results_page(found, results)
+    assert "### Attention, gpt2" in page and "](h100/attention-gpt2.png)" in page
+    region = report.readme_region(found, results.parent)
+    assert "gpt2.png" not in region and region.count("Whole training steps") == 1
+
+
 def test_digest_sets_ours_beside_the_fastest_other(results):
     attention, train, _ = report.load(results)
     assert list(report.digest(attention)) == [
@@ -178,5 +199,5 @@ def test_committed_tables_are_what_the_report_writes():
     for result in found:
         assert all((result.folder / name).is_file() for name in report.pictures(result))
         assert {"command", "commit", "date", "ceilings"} <= set(
-            json.loads((result.folder / f"{result.bench}.json").read_text())
+            json.loads((result.folder / f"{result.name}.json").read_text())
         )
