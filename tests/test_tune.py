@@ -1,11 +1,14 @@
 """The search for tiles, with times that a formula gives instead of a GPU."""
 
+import argparse
+import dataclasses
 from functools import partial
 
 import pytest
 import torch
 
 from bench import command, compile_cases, compiled, tune
+from gptlib.errors import UserError
 
 
 class FakeTimer:
@@ -124,6 +127,21 @@ def test_only_what_the_report_admits_is_timed(tmp_path):
     good, spilling = RowTile(1, 8192, 8, True), RowTile(1, 8192, 1, True)
     with compiled.Workers(1, cache=tmp_path) as pool:
         assert tune.admit(point, [spilling, good], "sm_90", pool) == [good]
+
+
+def test_candidates_found_without_a_gpu_are_those_that_are_timed(tmp_path, monkeypatch, capsys):
+    from kernels._tuning import RowTile
+
+    tiles = [RowTile(1, 8192, warps, True) for warps in (8, 16)]
+    monkeypatch.setattr(tune, "candidates", lambda point, arch: tiles)
+    flags = ["--kernel", "softmax_forward", "--length", "8192", "--out", str(tmp_path), "--jobs", "1"]
+    assert command.run(tune.main, [*flags, "--arch", "sm_90", "--commit", "abc"]) == 0
+    assert "softmax_forward 8192, 2 bytes: 2" in capsys.readouterr().out
+    (point,) = tune.points(argparse.Namespace(kernel=["softmax_forward"], length=[8192], dtype="bf16"))
+    found = tune.preselected(tmp_path / "candidates-sm_90.json", point)
+    assert set(found) == set(tiles) and isinstance(found[0], RowTile)
+    with pytest.raises(UserError, match="nothing for softmax_forward 1024, 2 bytes"):
+        tune.preselected(tmp_path / "candidates-sm_90.json", dataclasses.replace(point, size=1024))
 
 
 def test_a_tile_whose_results_differ_is_refused():
