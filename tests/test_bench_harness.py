@@ -348,7 +348,7 @@ def test_peers_see_tokens_first():
 
 def test_columns_survive_the_csv(tmp_path):
     rows = run_attention(provider("eager", reference.causal_attention), provider("bad", sees_the_future))
-    args = argparse.Namespace(out=str(tmp_path), commit="abc123", publish=False)
+    args = argparse.Namespace(out=str(tmp_path), commit="abc123", publish=False, label=None)
     report = output.Report(attention.Attention(), CPU, args, list(ATTENTION))
     report.save(rows)
     stored = table.read_csv(tmp_path / "attention.csv")

@@ -290,4 +290,5 @@ def test_more_than_31_bits_of_elements(shape):
     x = torch.randn(shape, dtype=torch.float16, device="cuda")
     y = kernels.softmax(x)
     for row in (0, shape[0] // 2, shape[0] - 1):
-        assert torch.allclose(y[row].float(), torch.softmax(x[row].float(), -1), atol=1e-3)
+        error = torch.softmax(x[row], -1, dtype=torch.float32).sub_(y[row]).abs_().max()  # gigabytes, so in place
+        assert error < 1e-3
