@@ -136,7 +136,8 @@ def run_all(steps, minutes, out, run_step, now=time.monotonic):
 def run_step(step, limit_s, log):
     """Run a step's command in a process group of its own, its output to `log`, killed when its time is over."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    path = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+    environment |= {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     start = time.monotonic()
     with open(log, "w") as output:
         output.write("$ " + " ".join(step.command) + "\n")

@@ -86,7 +86,12 @@ def python(code):
 
 def test_a_step_runs_compiled_and_from_the_checkout(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    code = "import os, sys, bench.table; sys.exit('TRITON_INTERPRET' in os.environ or not os.path.exists('bench'))"
+    monkeypatch.setenv("PYTHONPATH", "/packages/of/the/user")
+    code = """
+import os, sys, bench.table
+assert os.path.exists("bench") and "TRITON_INTERPRET" not in os.environ
+assert sys.path.index("/packages/of/the/user") > sys.path.index(os.getcwd())
+"""
     outcome = gpu.run_step(python(code), 60, tmp_path / "log")
     assert outcome.status == "ok", outcome
 
