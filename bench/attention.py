@@ -2,6 +2,7 @@
 
     python bench/attention.py --seq 1024
     python bench/attention.py --seq 512,1024,2048 --head-dim 64,128 --mode fwd,bwd,fwd+bwd --providers sdpa,triton
+    python bench/attention.py --seq 1024 --heads 12 --head-dim 64 --batch 8,16,32,64 --label gpt2
     python bench/attention.py --providers triton,my.kernel:attend
 
 On a GPU the default batch keeps batch x seq at 16,384 tokens and the default number of heads keeps heads x head_dim at

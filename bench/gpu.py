@@ -81,8 +81,9 @@ def plan(device_name, out, commit=None):
     dropout = f"{timed} --providers sdpa-flash,triton --dropout 0.1 --seq 1024,4096,16384 --head-dim 64,128"
     rows = f"{timed} --length 1024,4096,16384,65536,2048,8192,32768"
     train = "--preset gpt2 --seq 1024 --batch 32"  # large enough that no launch is waited for
-    pairs = "--attn sdpa+torch,triton+triton,flex+torch,sdpa+triton,triton+torch"
-    long = f"--preset gpt2 {pairs} --seq 2048,4096,8192,16384,32768 --steps 10"
+    first = "--attn sdpa+torch,triton+triton,flex+torch"
+    pairs = f"{first},sdpa+triton,triton+torch"
+    long = f"--preset gpt2 {first} --seq 2048,4096,8192,16384,32768 --steps 10"
     few, one = "--seq 64 --providers reference,sdpa --budget 0.01", "--length 64 --providers reference,torch"
     tiny = "--preset tiny --n-layers 1 --seq 32 --steps 3 --attn reference+torch,sdpa+torch"
     return [

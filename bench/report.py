@@ -95,8 +95,10 @@ def speed_table(result, value="rate", *, lowest=False, modes=None):
     lines = {}
     for row in rows:
         lines.setdefault(tuple(row[k] for k in keys), {})[row["provider"]] = row
+    seen = {value: i for i, value in enumerate(dict.fromkeys(value for key in lines for value in key))}
     body = []
-    for key, by_name in lines.items():
+    for key in sorted(lines, key=lambda key: [seen[v] if isinstance(v, str) else v for v in key]):  # shapes by size
+        by_name = lines[key]
         values = [r[value] for r in by_name.values() if r.get(value) is not None]
         best = f"{(min if lowest else max)(values):.1f}" if values else None
         body.append([*key, *(cell(by_name.get(name), value, best) for name in names)])

@@ -91,6 +91,14 @@ def test_tables_bold_the_best_and_show_why_a_cell_is_empty(results):
     assert "**420,000**" in lines[3] and "unsupported" in lines[4]
 
 
+def test_shapes_stand_in_order_of_size_however_they_came(results):
+    attention = report.load(results)[0]
+    lines = report.speed_table(attention).splitlines()
+    attention.rows.sort(key=lambda row: (-row["seq"], row["provider"]))
+    assert [line.split()[1] for line in report.speed_table(attention).splitlines()[2:]] == ["1024", "2048"]
+    assert len(lines) == 4
+
+
 def test_a_labelled_run_has_files_a_table_and_pictures_of_its_own(results):
     rows = [{**row, "batch": batch, "dropout": 0} for row in attention_rows()[:3] for batch in (8, 16)]
     store(results / "h100", "attention-gpt2", rows, bench="attention")
