@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 from functools import partial
 
 import pytest
@@ -142,6 +143,35 @@ def test_candidates_found_without_a_gpu_are_those_that_are_timed(tmp_path, monke
     assert set(found) == set(tiles) and isinstance(found[0], RowTile)
     with pytest.raises(UserError, match="nothing for softmax_forward 1024, 2 bytes"):
         tune.preselected(tmp_path / "candidates-sm_90.json", dataclasses.replace(point, size=1024))
+
+
+def test_rows_are_saved_as_they_are_found(tmp_path, monkeypatch, capsys):
+    """The whole command but for the GPU: the second point is interrupted, the first is on disk."""
+    from kernels import _runtime
+    from kernels._tuning import RowTile
+
+    class Timer:
+        def __init__(self, point, device):
+            if point.size == 2048:
+                raise KeyboardInterrupt
+
+        def __call__(self, tile, seconds):
+            return tile.num_warps
+
+    tiles = [RowTile(1, 8192, warps, True) for warps in (16, 2)]
+    monkeypatch.setattr(tune, "GpuTimer", Timer)
+    monkeypatch.setattr(tune, "candidates", lambda point, arch: tiles)
+    monkeypatch.setattr(tune, "admit", lambda point, tiles, arch, pool: tiles)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_runtime, "arch", lambda device: "sm_90")
+    facts = {"device": "NVIDIA H100 80GB HBM3"}
+    monkeypatch.setattr(tune.environment, "describe", lambda device, commit: facts)
+    monkeypatch.setattr(tune.environment, "device_name", lambda device: facts["device"])
+    flags = ["--kernel", "softmax_forward", "--length", "8192,2048", "--out", str(tmp_path), "--jobs", "1"]
+    assert command.run(tune.main, flags) == 130
+    rows = json.loads((tmp_path / "h100-80gb-hbm3.json").read_text())["rows"]
+    assert [row["ms"] for row in rows] == [2, 8, 16], "8 is the shipped one"
+    assert "softmax_forward N <= 8192: (8192, 8192, 8)  shipped" in capsys.readouterr().out
 
 
 def test_a_tile_whose_results_differ_is_refused():
