@@ -2,6 +2,7 @@
 
     python bench/attention.py --seq 1024
     python bench/attention.py --seq 512,1024,2048 --head-dim 64,128 --mode fwd,bwd,fwd+bwd --providers sdpa,triton
+    python bench/attention.py --seq 1024 --heads 12 --head-dim 64 --batch 8,16,32,64 --label gpt2
     python bench/attention.py --providers triton,my.kernel:attend
 
 On a GPU the default batch keeps batch x seq at 16,384 tokens and the default number of heads keeps heads x head_dim at
@@ -38,7 +39,7 @@ class Attention(harness.KernelBench):
         return [
             {
                 "dtype": dtype,
-                "batch": args.batch or (max(1, GPU_TOKENS // seq) if on_gpu else 1),
+                "batch": batch or (max(1, GPU_TOKENS // seq) if on_gpu else 1),
                 "heads": args.heads or (max(1, GPU_WIDTH // head_dim) if on_gpu else CPU_HEADS),
                 "seq": seq,
                 "head_dim": head_dim,
@@ -47,6 +48,7 @@ class Attention(harness.KernelBench):
             for dtype in args.dtype
             for head_dim in head_dims
             for seq in sequences
+            for batch in args.batch or [None]
         ]
 
     def op(self, case):
@@ -96,7 +98,7 @@ def main(argv=None):
     p.add_argument("--seq", type=command.positives, metavar="T,...", help="sequence lengths")
     p.add_argument("--head-dim", type=command.positives, metavar="D,...")
     p.add_argument("--heads", type=command.positive, metavar="H")
-    p.add_argument("--batch", type=command.positive, metavar="B")
+    p.add_argument("--batch", type=command.positives, metavar="B,...")
     p.add_argument("--dropout", type=rate, default=0.0, metavar="P", help="on the weights; the check runs without")
     harness.main(Attention(), p.parse_args(argv))
 

@@ -1,6 +1,7 @@
 """The command line that all benches share."""
 
 import argparse
+import re
 import sys
 
 import torch
@@ -61,12 +62,20 @@ def one_of(known):
     return parse
 
 
+def label(text):
+    """A word that can be part of a file's name."""
+    if not re.fullmatch(r"[a-z0-9]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not made of a to z and 0 to 9 alone")
+    return text
+
+
 def parser(description):
     """The flags common to every bench."""
     p = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     p.add_argument("--device", default="auto", help="auto, cuda, cuda:1 or cpu")
     p.add_argument("--out", default="runs/bench", metavar="DIR", help="where the CSV and JSON go")
     p.add_argument("--publish", action="store_true", help="also replace this bench's files under results/")
+    p.add_argument("--label", type=label, help="writes <bench>-LABEL, so that a run of other shapes has its own files")
     p.add_argument("--commit", help="commit id to record, for a checkout without git")
     p.add_argument("--profile", action="store_true", help="also write a Chrome trace and print the top kernels")
     return p

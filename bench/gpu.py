@@ -4,9 +4,10 @@
     python3 bench/gpu.py --minutes 25 --only tests,attention
     GPU_OUT=/somewhere python3 bench/gpu.py
 
-Runs, each as a process of its own: a report of the environment, the tests with the kernels compiled for real, then the
-long tests, the benches on their key shapes, training steps, and the plots. Needs an uninstalled checkout, python3 and
-torch 2.11 or newer, neither git nor network.
+Runs, each as a process of its own and the most telling first: a report of the environment, the tests that a GPU can
+say something about, with the kernels compiled for real, the errors against float64, the benches on their key shapes,
+training steps, the long tests, a memory checker, further shapes, and the plots. Needs an uninstalled checkout, python3
+and torch 2.11 or newer, neither git nor network. Everything at leisure takes about half an hour.
 
 The minutes are shared out: a step may take its share of what is left, and what it does not use goes to the later ones.
 A step that fails or runs out of time is reported and passed over. Logs, CSVs and summary.json land in the folder
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = "results.tar.gz"
 LEAST_S = 5  # a step with less time than this is not started
 GRACE_S = 10  # for a step that is asked to stop: pytest then still prints what failed so far
-TEST_PROCESSES = 8
+TEST_PROCESSES = 14  # most of the time they compile
 PROBE = "import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
 
 
@@ -64,7 +65,7 @@ def plan(device_name, out, commit=None):
     """All steps in order. On a CPU the same commands on shapes small enough to rehearse with."""
     python, device = sys.executable, "cpu" if device_name == "CPU" else "cuda"
     results = str(Path(out) / "results" / table.folder_name(device_name))
-    tests = [python, "-m", "pytest", "tests", "-q", "--tb=short", "-p", "no:cacheprovider", "--maxfail=40"]
+    tests = [python, "-m", "pytest", "tests", "-q", "--tb=short", "-p", "no:cacheprovider", "--maxfail=200"]
     if importlib.util.find_spec("xdist"):
         tests += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
     common = ["--device", device, "--out", results, *(["--commit", commit] if commit else [])]
@@ -72,21 +73,45 @@ def plan(device_name, out, commit=None):
     def bench(name, on_gpu, on_cpu):
         return (python, f"bench/{name}.py", *common, *(on_gpu if device != "cpu" else on_cpu).split())
 
-    attention = "--seq 512,1024,2048,4096,8192,16384 --head-dim 64,128 --mode fwd,bwd --budget 0.1"
-    rows = "--mode fwd,bwd --budget 0.1 --length 1024,2048,4096,8192,16384,32768,65536"
-    train = "--preset gpt2 --attn reference,sdpa,flex,triton --norm torch,triton --seq 1024"
-    tiny_train = "--preset tiny --n-layers 1 --seq 32 --steps 3 --attn reference,sdpa --norm torch"
+    timed = "--mode fwd,bwd --budget 0.1"
+    peers = "--providers sdpa,sdpa-flash,sdpa-cudnn,flex,triton"
+    slow = "--providers reference,sdpa-math,sdpa-efficient,compiled,triton-softmax,triton"
+    attention = f"{timed} {peers} --seq 1024,4096,16384,512,2048,8192 --head-dim 64,128"
+    gpt2 = f"{timed} {peers} --seq 1024 --heads 12 --head-dim 64 --batch 8,16,32,64 --label gpt2"
+    dropout = f"{timed} --providers sdpa-flash,triton --dropout 0.1 --seq 1024,4096,16384 --head-dim 64,128"
+    rows = f"{timed} --length 1024,4096,16384,65536,2048,8192,32768"
+    train = "--preset gpt2 --seq 1024 --batch 32"  # large enough that no launch is waited for
+    first = "--attn sdpa+torch+torch,triton+triton+triton,flex+torch+torch"
+    kinds = f"{first},sdpa+triton+torch,triton+torch+torch,sdpa+torch+triton"
+    long = f"--preset gpt2 {first} --seq 2048,4096,8192,16384,32768 --steps 10"
+    loss = "--tokens 16384 --classes 50257,32768,131072 --budget 0.1"
+    classes = f"{timed} --length 50257,4096,32768,131072"
+    curves = "--attn sdpa --steps 3 --data docs --batch-size 2 -- --n-layers 1 --tokenizer bytes"
+    few, one = "--seq 64 --providers reference,sdpa --budget 0.01", "--length 64 --providers reference,torch"
+    tiny = "--preset tiny --n-layers 1 --seq 32 --steps 3 --attn reference+torch+torch,sdpa+torch+torch"
     return [
-        Step("environment", 0.3, (python, "bench/environment.py")),
-        Step("tests", 2.5, tuple(tests)),
-        Step("tests-deep", 1.5, (*tests, "-m", "deep")),
+        Step("environment", 0.2, (python, "bench/environment.py")),
+        Step("tests", 3.0, (*tests, "-m", "device and not deep")),
         Step("numerics", 0.4, bench("numerics", "", "--section rows --dtype fp32")),
-        Step("attention", 2.0, bench("attention", attention, "--seq 64 --providers reference,sdpa --budget 0.01")),
-        Step("softmax", 0.7, bench("softmax", f"{rows},131072", "--length 64 --providers reference,torch")),
-        Step("layernorm", 0.8, bench("layernorm", rows, "--length 64 --providers reference,torch")),
-        Step("ratios", 0.3, (python, "bench/ratios.py", "--out", results)),
-        Step("train", 1.0, bench("train", train, tiny_train)),
-        Step("train-compiled", 1.0, bench("train", train + " --compile", tiny_train)),
+        Step("attention", 1.5, bench("attention", attention, few)),
+        Step("train", 1.0, bench("train", f"{train} {kinds},reference+torch+torch", tiny)),
+        Step("attention-gpt2", 0.5, bench("attention", gpt2, f"{few} --batch 1,2 --label gpt2")),
+        Step("softmax", 0.6, bench("softmax", f"{rows},131072", one)),
+        Step("layernorm", 0.6, bench("layernorm", rows, one)),
+        Step("loss", 0.4, bench("linear_cross_entropy", loss, "--tokens 40 --classes 64 --budget 0.01")),
+        Step("cross-entropy", 0.4, bench("cross_entropy", classes, one)),
+        Step("train-compiled", 1.5, bench("train", f"{train} {kinds} --compile", tiny)),
+        Step("tests-deep", 2.0, (*tests, "-m", "device and deep")),
+        Step("memcheck", 0.7, (python, "bench/memcheck.py", "--device", device)),
+        Step("attention-dropout", 0.4, bench("attention", f"{dropout} --label dropout", f"{few} --label dropout")),
+        Step("curves", 1.5, bench("curves", "--steps 300", curves)),
+        Step("train-long", 1.2, bench("train", f"{long} --label long", f"{tiny} --label long")),
+        Step(
+            "attention-slow",
+            0.6,
+            bench("attention", f"{timed} {slow} --seq 1024,4096 --head-dim 64 --label slow", f"{few} --label slow"),
+        ),
+        Step("ratios", 0.2, (python, "bench/ratios.py", "--out", results)),
         Step("report", 0.2, (python, "bench/report.py", "--results", str(Path(out) / "results"))),
     ]
 
@@ -118,7 +143,8 @@ def run_all(steps, minutes, out, run_step, now=time.monotonic):
 def run_step(step, limit_s, log):
     """Run a step's command in a process group of its own, its output to `log`, killed when its time is over."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    path = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+    environment |= {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     start = time.monotonic()
     with open(log, "w") as output:
         output.write("$ " + " ".join(step.command) + "\n")

@@ -21,6 +21,11 @@ def save(folder, name, rows, columns, facts):
     table.write_json(base.with_suffix(".json"), facts)
 
 
+def file_name(bench, label):
+    """What the files of a run are called, without suffix: "attention", or "attention-gpt2" of a labelled run."""
+    return f"{bench}-{label}" if label else bench
+
+
 def ceiling_lines(ceilings, device):
     """What the ceilings of a run are, one line each."""
     for name, value in ceilings.items():
@@ -35,11 +40,12 @@ class Report:
         self.bench, self.args, self.device = bench, args, device
         self.shape = [c for c in shape_columns if c != "op"]
         self.columns = ["bench", "op", "provider", "mode", *self.shape, *MEASURED, *CHECKED]
+        self.name = file_name(bench.name, args.label)
         self.facts = {"bench": bench.name, "complete": False, **environment.describe(device, args.commit)}
         self.done = []
 
     def save(self, rows, folder=None):
-        save(folder or self.args.out, self.bench.name, [*self.done, *rows], self.columns, self.facts)
+        save(folder or self.args.out, self.name, [*self.done, *rows], self.columns, self.facts)
 
     def finish_op(self, op, rows):
         self.done += rows
@@ -56,7 +62,7 @@ class Report:
             print(line)
 
     def trace_path(self, op):
-        return Path(self.args.out) / f"{self.bench.name}-{op}-trace.json"
+        return Path(self.args.out) / f"{self.name}-{op}-trace.json"
 
     def show_profile(self, op, top):
         print(f"\n{top}\ntrace of the last shape, for chrome://tracing or ui.perfetto.dev: {self.trace_path(op)}")
@@ -83,7 +89,7 @@ class Report:
                 "No GPU here: these are CPU times, and Triton kernels were checked in the interpreter, not timed. "
                 "On a GPU the same command times them beside every peer; `make gpu` runs all benches."
             )
-        print(f"wrote {self.args.out}/{self.bench.name}.csv and .json")
+        print(f"wrote {self.args.out}/{self.name}.csv and .json")
 
 
 def notes(rows):

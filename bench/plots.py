@@ -45,19 +45,20 @@ def draw_all(found):
     """Draw every picture of a list of bench/report.py's Results; the paths."""
     for result in found:
         if result.timed and result.bench == "attention":
-            yield by_length(result, "seq", "rate", "attention.png", panels=("head_dim", "mode"))
-            yield by_length(result, "seq", "peak_mib", "attention-memory.png", panels=("head_dim", "mode"))
+            x = "batch" if "batch" in result.keys and "seq" not in result.keys else "seq"
+            yield by_length(result, x, "rate", f"{result.name}.png", panels=("head_dim", "mode"))
+            yield by_length(result, x, "peak_mib", f"{result.name}-memory.png", panels=("head_dim", "mode"))
         elif result.timed and result.bench in ("softmax", "layernorm", "cross_entropy"):
-            yield by_length(result, "length", "rate", f"{result.bench}.png", panels=("op", "mode"))
+            yield by_length(result, "length", "rate", f"{result.name}.png", panels=("op", "mode"))
         elif result.timed and result.bench == "linear_cross_entropy":
-            yield by_length(result, "classes", "rate", "linear_cross_entropy.png", panels=("tokens", "mode"))
-            yield by_length(result, "classes", "peak_mib", "linear_cross_entropy-memory.png", panels=("tokens", "mode"))
+            yield by_length(result, "classes", "rate", f"{result.name}.png", panels=("tokens", "mode"))
+            yield by_length(result, "classes", "peak_mib", f"{result.name}-memory.png", panels=("tokens", "mode"))
         elif result.bench == "curves" and result.judged:
             yield loss_curves(result)
         elif result.timed:
             yield training_bars(result)
     for folder in dict.fromkeys(r.folder for r in found):
-        own = [r for r in found if r.folder == folder and r.timed and "ceilings" in r.facts]
+        own = [r for r in found if r.folder == folder and r.timed and "ceilings" in r.facts and not r.label]
         own = [r for r in own if not r.bench.startswith("train")]
         if own:
             yield roofline(folder, own)
@@ -116,7 +117,7 @@ def by_length(result, x, value, name, panels):
     what = "peak memory, MiB" if value == "peak_mib" else result.timed[0]["unit"]
     dtype = ", ".join(dict.fromkeys(r["dtype"] for r in result.timed))
     size = PANEL[0] * len(across) + 1.7, PANEL[1] * len(down) + 0.2
-    title = f"{result.bench}, {dtype}: {what}"
+    title = f"{result.name.replace('-', ', ')}, {dtype}: {what}"
     figure, grid = new_figure(*size, len(down), len(across), title, where(result))
     providers = [
         p for p in dict.fromkeys(r["provider"] for r in result.rows) if p in {r["provider"] for r in result.timed}
@@ -141,7 +142,7 @@ def by_length(result, x, value, name, panels):
             " ".join(f"{label(p)} {v}".strip() for p, v in zip(panels, (row, column), strict=True)), fontsize=10
         )
     for axes in grid[-1]:
-        axes.set_xlabel(AXES[x], fontsize=9)
+        axes.set_xlabel(AXES.get(x, x), fontsize=9)
     add_legend(figure, providers, ceiling_handle(result, value))
     return finish(figure, result.folder / name)
 
@@ -200,7 +201,7 @@ def training_bars(result):
         axes.grid(axis="y", visible=False)
     grid[-1, 0].xaxis.set_major_formatter(lambda speed, _: f"{speed:,.0f}")
     grid[-1, 0].set_xlabel("tokens per second at the median, from p20 to p80", fontsize=9)
-    return finish(figure, result.folder / f"{result.bench}.png")
+    return finish(figure, result.folder / f"{result.name}.png")
 
 
 def roofline(folder, found):

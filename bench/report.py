@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 ROW_BENCHES = ("softmax", "layernorm", "cross_entropy")
 BENCHES = ("attention", *ROW_BENCHES, "linear_cross_entropy", "train", "train-compiled", "curves")
+ALSO = ("batch", "dropout")  # columns that tell shapes apart only in some runs
 SHAPES = {
     "attention": ("head_dim", "seq", "mode"),
     **dict.fromkeys(ROW_BENCHES, ("length", "mode")),
@@ -30,9 +31,10 @@ CAUSES = {"oom": "out of memory", "parity": "checked, not timed (interpreter)", 
 
 @dataclass(frozen=True)
 class Result:
-    """One published bench: its device's folder, its rows and what its JSON says of the run."""
+    """One run of a bench: its device's folder, the name of its files, its rows and what its JSON says of the run."""
 
     folder: Path
+    name: str  # the bench's, or with a label behind it: "attention-gpt2"
     bench: str
     rows: list
     facts: dict
@@ -50,23 +52,39 @@ class Result:
     def on_cpu(self):
         return self.facts["device"] == "CPU"
 
+    @property
+    def label(self):
+        return self.name.removeprefix(self.bench).removeprefix("-")
+
+    @property
+    def keys(self):
+        """The columns that tell the shapes of a kernel bench apart."""
+        keys = ["op", "dtype", *SHAPES[self.bench]]
+        for column in ALSO:
+            if column in self.rows[0] and self._repeats(keys):
+                keys.insert(-1, column)
+        return [k for k in keys if k == "mode" or len({r[k] for r in self.rows}) > 1]
+
+    def _repeats(self, keys):
+        return len({(r["provider"], *(r[k] for k in keys)) for r in self.rows}) < len(self.rows)
+
 
 def load(results):
-    """All Results under a folder, GPUs before CPUs, each device's benches in the order of BENCHES."""
+    """All Results under a folder: GPUs before CPUs, benches in the order of BENCHES, labelled runs last."""
     found = []
     for folder in sorted(p for p in Path(results).glob("*") if p.is_dir()):
         found += read_folder(folder)
     found += read_folder(Path(results))
-    return sorted(found, key=lambda r: (r.on_cpu, r.folder.name, BENCHES.index(r.bench)))
+    return sorted(found, key=lambda r: (r.on_cpu, r.folder.name, r.label != "", BENCHES.index(r.bench), r.label))
 
 
 def read_folder(folder):
     found = []
-    for bench in BENCHES:
-        rows, facts = folder / f"{bench}.csv", folder / f"{bench}.json"
-        if rows.is_file() and facts.is_file():
-            stored = table.read_csv(rows)
-            found += [Result(folder, bench, stored, json.loads(facts.read_text()))] if stored else []
+    for path in sorted(folder.glob("*.csv")):
+        rows, described = table.read_csv(path), path.with_suffix(".json")
+        facts = json.loads(described.read_text()) if described.is_file() else {}
+        if rows and facts.get("bench") in BENCHES:
+            found.append(Result(folder, path.stem, facts["bench"], rows, facts))
     return found
 
 
@@ -82,13 +100,15 @@ def markdown(header, lines):
 def speed_table(result, value="rate", *, lowest=False, modes=None):
     """Providers side by side, a line per shape and mode, the best in bold."""
     rows = [r for r in result.rows if modes is None or r["mode"] in modes]
-    keys = [k for k in ("op", "dtype", *SHAPES[result.bench]) if k == "mode" or len({r[k] for r in rows}) > 1]
+    keys = result.keys
     names = list(dict.fromkeys(r["provider"] for r in rows))
     lines = {}
     for row in rows:
         lines.setdefault(tuple(row[k] for k in keys), {})[row["provider"]] = row
+    seen = {value: i for i, value in enumerate(dict.fromkeys(value for key in lines for value in key))}
     body = []
-    for key, by_name in lines.items():
+    for key in sorted(lines, key=lambda key: [seen[v] if isinstance(v, str) else v for v in key]):  # shapes by size
+        by_name = lines[key]
         values = [r[value] for r in by_name.values() if r.get(value) is not None]
         best = f"{(min if lowest else max)(values):.1f}" if values else None
         body.append([*key, *(cell(by_name.get(name), value, best) for name in names)])
@@ -177,7 +197,8 @@ def ceilings(result):
 def section(result, link):
     """One bench of results/README.md. `link(name)` is the path of a picture as seen from there."""
     titles = {"train": "Training steps", "train-compiled": "Training steps, compiled", "curves": "Loss curves"}
-    lines = [f"### {titles.get(result.bench, result.bench.replace('_', ' ').capitalize())}", "", provenance(result), ""]
+    title = titles.get(result.bench, result.bench.replace("_", " ").capitalize())
+    lines = [f"### {title}{f', {result.label}' * bool(result.label)}", "", provenance(result), ""]
     if result.bench in SHAPES:
         unit = next((r["unit"] for r in result.rows), "")
         share = best_share(result)
@@ -217,7 +238,7 @@ def results_page(found, folder):
         parts += ["", f"## {own[0].facts['device'] if not own[0].on_cpu else own[0].facts['cpu'] + ' (CPU)'}"]
         parts += ["\n" + section(result, lambda path: path.relative_to(folder).as_posix()) for result in own]
         roofline = name / "roofline.png"
-        if any(r.timed and r.bench in SHAPES for r in own):
+        if any(r.timed and r.bench in SHAPES and not r.label for r in own):
             parts += ["", "### Roofline", "", f"![roofline]({roofline.relative_to(folder).as_posix()})"]
     return "\n".join([*parts, *machine_code(folder)]) + "\n"
 
@@ -250,7 +271,7 @@ def machine_code(folder):
 
 def readme_region(found, root):
     """What the project's README shows: the first device's attention and training figures."""
-    first = [r for r in found if r.folder == found[0].folder]
+    first = [r for r in found if r.folder == found[0].folder and not r.label]
     parts = []
     for result in first:
         picture = result.folder / f"{result.bench}.png"
@@ -267,7 +288,7 @@ def readme_region(found, root):
         elif result.bench in ("train", "train-compiled"):
             parts += [f"Whole training steps{', compiled' * ('compiled' in result.bench)}. {provenance(result)}"]
             parts += ["", train_table(result), ""]
-    others = (first[0].folder.parent / "README.md").relative_to(root).as_posix()
+    others = (found[0].folder.parent / "README.md").relative_to(root).as_posix()
     return "\n".join([*parts, f"All tables, memory, row kernels and the roofline: [{others}]({others})."])
 
 
@@ -287,7 +308,9 @@ def digest(result):
         yield f"curves {preset}: {v['provider']} {'within' if v['within'] else 'OUTSIDE'} the spread of seeds, {share}"
     kernels = result.bench in SHAPES
     speed = "rate" if kernels else "tokens_per_s"
-    keys = ("op", "dtype", *SHAPES[result.bench]) if kernels else ("bench", "preset", "seq")
+    keys = (
+        dict.fromkeys(("op", "dtype", *SHAPES[result.bench], *result.keys)) if kernels else ("bench", "preset", "seq")
+    )
     shapes = {}
     for row in result.timed:
         shapes.setdefault(tuple(row[k] for k in keys), []).append(row)
@@ -306,8 +329,8 @@ def pictures(result):
     """Names of the pictures drawn for a bench."""
     if not (result.timed or result.judged):
         return []
-    memory = [f"{result.bench}-memory.png"] if result.bench in ("attention", "linear_cross_entropy") else []
-    return [f"{result.bench}.png", *memory]
+    memory = [f"{result.name}-memory.png"] if result.bench in ("attention", "linear_cross_entropy") else []
+    return [f"{result.name}.png", *memory]
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

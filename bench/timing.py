@@ -1,11 +1,12 @@
 """How time and memory are measured, on a GPU and on a CPU, and the ceilings that every figure is held against.
 
-GPU: device events around the step. Before each repeat a buffer larger than any L2 cache is overwritten, several times
-over: the step finds its inputs in memory, not in the cache, and while the device is busy with that the host has time to
-queue the whole step, so that launch overhead is not counted as kernel time. CPU: the host's clock, no flush.
+GPU: device events around the step. Before each repeat a buffer larger than any L2 cache is overwritten, so that the
+step finds its inputs in memory and not in the cache; and so many times over that meanwhile the host has queued the
+whole step, else what it takes to launch kernels would be counted as theirs. CPU: the host's clock, no flush.
 """
 
 import gc
+import math
 import os
 import statistics
 import time
@@ -14,7 +15,8 @@ import torch
 
 MIB = 2**20
 FLUSH_BYTES = 256 * MIB  # five times an H100's L2
-FLUSH_PASSES = 3  # about 0.3 ms on an H100: longer than it takes to queue an eager backward
+LEAST_PASSES, MOST_PASSES = 3, 60  # of the flush; one is about 0.1 ms on an H100
+HEADROOM = 1.5  # how much longer than the queueing of the step they take
 MOST_REPEATS, LEAST_REPEATS = 200, 3
 
 
@@ -26,20 +28,34 @@ class DeviceTimer:
         if self.device.index is not None:
             torch.cuda.set_device(self.device)  # events are recorded on the current one
         self.flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+        for _ in range(2):  # the first launches take longer
+            self.pass_s = self._events_around(self.flushed.zero_)() / 1e3
+        self.passes = LEAST_PASSES
 
     def repeat(self, step, prepare, times):
-        events = []
+        waiting, queued_s = [], float("inf")
         for _ in range(times):
             prepared = prepare()
-            for _ in range(FLUSH_PASSES):
+            for _ in range(self.passes):
                 self.flushed.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            step(prepared)
-            end.record()
-            events.append((start, end))
-        torch.cuda.synchronize(self.device)
-        return [start.elapsed_time(end) for start, end in events]
+            start = time.perf_counter()
+            waiting.append(self._events_around(lambda prepared=prepared: step(prepared)))
+            queued_s = min(queued_s, time.perf_counter() - start)  # the least: a full queue makes the host wait
+            self.passes = flush_passes(queued_s, self.pass_s)
+        return [milliseconds() for milliseconds in waiting]
+
+    def _events_around(self, run):
+        """Queue `run()`; what is returned waits for it and says how long it took."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+
+        def milliseconds():
+            end.synchronize()
+            return start.elapsed_time(end)
+
+        return milliseconds
 
     def now(self):
         torch.cuda.synchronize(self.device)
@@ -54,6 +70,11 @@ class DeviceTimer:
         run()
         torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device) - before
+
+
+def flush_passes(queued_s, pass_s):
+    """How often to overwrite the buffer, so that it takes longer than the step to be queued."""
+    return max(LEAST_PASSES, min(MOST_PASSES, math.ceil(HEADROOM * queued_s / pass_s)))
 
 
 class HostTimer:

@@ -2,6 +2,7 @@
 
     python bench/train.py
     python bench/train.py --preset gpt2 --attn reference,sdpa,flex,triton --norm torch,triton --seq 1024 --compile
+    python bench/train.py --preset gpt2 --attn sdpa+torch,triton+triton+triton --seq 2048,8192,32768 --label long
     python bench/train.py --preset gpt2 --attn sdpa,triton,my.kernel:attend --loss torch,triton --find-batch
 
 A step is the trainer's own (gptlib.train): batch to the device, forward, backward, clipping, AdamW; evaluation,
@@ -111,7 +112,7 @@ class Run:
 
 def check_losses(settings):
     """{name: (status, largest loss difference to the reference, note)}, each name once."""
-    found = {}
+    found, expected = {}, None
     for setting in settings:
         if setting.name in found:
             continue
@@ -119,7 +120,8 @@ def check_losses(settings):
         seq = min(min(s.cfg.context_length for s in settings), CHECK_SEQ)
         cfg = dataclasses.replace(cfg, context_length=seq)
         small = dataclasses.replace(setting, cfg=cfg, batch=CHECK_BATCH, compile=False)
-        expected = losses(dataclasses.replace(small, attn="reference", norm="reference", loss="reference"))
+        small_reference = dataclasses.replace(small, attn="reference", norm="reference", loss="reference")
+        expected = expected or losses(small_reference)
         found[setting.name] = compare_losses(small, expected)
         timing.free_memory()
     return found
@@ -234,9 +236,13 @@ def fill_row(row, setting, args, ceiling):
 def parse(argv):
     p = command.parser(__doc__.splitlines()[0])
     p.add_argument("--preset", choices=PRESETS, help="default gpt2, on a CPU tiny")
-    p.add_argument("--attn", type=command.names, help="names, or package.module:function")
-    p.add_argument("--norm", type=command.names, help="names; every --attn runs with every --norm and --loss")
-    p.add_argument("--loss", type=command.names, help="names; default torch, on a GPU triton")
+    p.add_argument(
+        "--attn",
+        type=command.names,
+        help="names, or package.module:function; triton+torch+torch names norm and loss too",
+    )
+    p.add_argument("--norm", type=command.names, help="names; every --attn that names none runs with every --norm")
+    p.add_argument("--loss", type=command.names, help="likewise; default torch, on a GPU triton")
     p.add_argument("--seq", type=command.positives, metavar="T,...", help="context lengths; default the preset's")
     p.add_argument("--batch", type=command.positive, metavar="B", help="windows a step; default 16384 tokens, CPU 1024")
     p.add_argument("--steps", type=command.positive, default=20, help="steps timed")
@@ -255,20 +261,27 @@ def settings_of(args, device):
     base = dataclasses.replace(base, drop_rate=args.drop_rate, n_layers=args.n_layers or base.n_layers)
     attns = args.attn or (["reference", "sdpa", "flex", "triton"] if on_gpu else ["reference", "sdpa", "triton"])
     _, norm, loss = backends.default_names(device)
-    norms, losses = args.norm or [norm], args.loss or [loss]
-    for name in attns:
-        check_name("attn", name, backends.ATTENTION, backends.attention)
-    for name in norms:
-        check_name("norm", name, backends.NORM, backends.norm)
-    for name in losses:
-        check_name("loss", name, backends.LOSS, backends.loss)
+    kinds = contestants(attns, args.norm or [norm], args.loss or [loss])
+    for attn, norm, loss in kinds:
+        check_name("attn", attn, backends.ATTENTION, backends.attention)
+        check_name("norm", norm, backends.NORM, backends.norm)
+        check_name("loss", loss, backends.LOSS, backends.loss)
     dtype = choose_dtype(args.dtype, device)
     found = []
     for seq in args.seq or [base.context_length]:
         batch = args.batch or max(1, (16384 if on_gpu else 1024) // seq)
         cfg = dataclasses.replace(base, context_length=seq)
-        kinds = itertools.product(losses, norms, attns)
-        found += [Setting(cfg, a, n, l, batch, dtype, device, args.compile) for l, n, a in kinds]
+        found += [Setting(cfg, *names, batch, dtype, device, args.compile) for names in kinds]
+    return found
+
+
+def contestants(attns, norms, losses):
+    """[(attn, norm, loss)]: every attention that is named alone with every norm and loss, then the a+n and a+n+l."""
+    found = [(a, n, l) for l, n, a in itertools.product(losses, norms, attns) if "+" not in a]
+    for name in attns:
+        if "+" in name:
+            attn, norm, *loss = name.split("+", 2)
+            found += [(attn, norm, l) for l in loss or losses]
     return found
 
 
@@ -364,8 +377,9 @@ def main(argv=None):
         raise UserError("--find-batch fills a GPU's memory and needs one; leave it out on a CPU")
     settings = settings_of(args, device)
     preset = args.preset or ("gpt2" if device.type == "cuda" else "tiny")
-    name = "train-compiled" if args.compile else "train"
-    facts = {"bench": name, "complete": False, **environment.describe(device, args.commit)}
+    bench = "train-compiled" if args.compile else "train"
+    name = output.file_name(bench, args.label)
+    facts = {"bench": bench, "complete": False, **environment.describe(device, args.commit)}
     ceilings = timing.measure_ceilings(timing.timer_for(device), device, [settings[0].dtype], budget_s=0.2)
     facts |= {"ceilings": ceilings, "mfu_formula": metrics.MFU_FORMULA}
     timing.free_memory()

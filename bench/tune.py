@@ -10,9 +10,14 @@ a bound (see bench/sass.py) within reach of the best; of these the most promisin
 is then checked against the shipped tile's results and timed: everything briefly, the fastest third again and longer,
 until three are left for a last round. Rows go to the screen and to runs/bench/tune/<gpu>.json; they become the shipped
 ones by hand, after the tests passed with them.
+
+Compiling is most of the work and needs no GPU: `--arch sm_90` does it anywhere and writes the candidates to be timed to
+candidates-sm_90.json; with `--candidates` that file's, and no others, are compiled again and timed.
 """
 
 import itertools
+import json
+import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -125,8 +130,8 @@ def _belongs(compiled_name, kernel):
 def search(candidates, time_one, rounds=ROUND_SECONDS):
     """[(milliseconds, candidate)], fastest first, of the last round.
 
-    `time_one(candidate, seconds)` returns milliseconds or raises RuntimeError, which drops the candidate. Every round
-    but the last keeps the fastest third, never fewer than three.
+    `time_one(candidate, seconds)` returns milliseconds or raises, which drops the candidate. Every round but the last
+    keeps the fastest third, never fewer than three.
     """
     timed = [(0.0, candidate) for candidate in candidates]
     for seconds in rounds:
@@ -134,7 +139,7 @@ def search(candidates, time_one, rounds=ROUND_SECONDS):
         for _, candidate in timed:
             try:
                 results.append((time_one(candidate, seconds), candidate))
-            except RuntimeError as error:
+            except Exception as error:
                 print(f"dropped {candidate}: {error}".splitlines()[0])
         results.sort(key=lambda pair: pair[0])
         timed = results if seconds == rounds[-1] else results[: max(3, -(-len(results) // 3))]
@@ -207,25 +212,59 @@ def row_text(point, tile):
     return f"{point.kernel} N <= {point.size}: ({point.size}, {tile.rows * tile.block_n}, {tile.num_warps})"
 
 
+def candidates(point, arch):
+    """Every tile worth a try for a point."""
+    attention = point.kernel in ATTENTION_KERNELS
+    return attention_candidates(point.kernel, arch) if attention else row_candidates(point.size)
+
+
+def point_name(point):
+    """The point's key in a file of candidates."""
+    return f"{point.kernel} {point.size}, {point.dtype_bytes} bytes{', dropout' * point.dropout}"
+
+
+def preselect(args, arch):
+    """Write the candidates of all points that the compile report admits for `arch`, without timing any."""
+    with compiled.Workers(args.jobs or os.cpu_count()) as pool:
+        found = {point_name(point): admit(point, candidates(point, arch), arch, pool) for point in points(args)}
+    path = Path(args.out) / f"candidates-{arch}.json"
+    table.write_json(path, {"arch": arch, **environment.describe("cpu", args.commit), "candidates": found})
+    print(f"wrote {path}: {', '.join(f'{name}: {len(tiles)}' for name, tiles in found.items())}")
+
+
+def preselected(path, point):
+    """The candidates of a point in a file that `preselect` wrote."""
+    from kernels._tuning import RowTile, Tile
+
+    kind = Tile if point.kernel in ATTENTION_KERNELS else RowTile
+    try:
+        return [kind(*fields) for fields in json.loads(Path(path).read_text())["candidates"][point_name(point)]]
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"--candidates {path}: nothing for {point_name(point)} ({type(e).__name__}: {e})") from e
+
+
 def tune(args, device):
     from kernels import _runtime
 
     arch = _runtime.arch(device)
     if arch not in compiled.LIMITS:
         raise UserError(f"{arch} is unknown to the compile report, which knows {', '.join(compiled.LIMITS)}")
+    wanted = [(p, preselected(args.candidates, p) if args.candidates else candidates(p, arch)) for p in points(args)]
+    facts = {"bench": "tune", "arch": arch, **environment.describe(device, args.commit)}
+    path = Path(args.out) / f"{environment.results_folder(device).name}.json"
     rows = []
-    with compiled.Workers(args.jobs or environment.os.cpu_count()) as pool:
-        for point in points(args):
-            attention = point.kernel in ATTENTION_KERNELS
-            candidates = attention_candidates(point.kernel, arch) if attention else row_candidates(point.size)
-            tile = shipped(point, arch)  # always timed, so that the fastest is known to be faster
-            admitted = [tile, *(t for t in admit(point, candidates, arch, pool) if t != tile)]
-            print(f"{point.kernel} {point.size}: {len(admitted)} of {len(candidates)} candidates admitted")
-            for ms, tile in search(admitted, GpuTimer(point, device)):
+    with compiled.Workers(args.jobs or os.cpu_count()) as pool:
+        for point, tiles in wanted:
+            own = shipped(point, arch)  # always timed, so that the fastest is known to be faster
+            admitted = [own, *(t for t in admit(point, tiles, arch, pool) if t != own)]
+            print(f"{point.kernel} {point.size}: {len(admitted)} of {len(tiles)} candidates admitted")
+            timer = GpuTimer(point, device)
+            for ms, tile in search([own], timer, ROUND_SECONDS[-1:]):
+                print(f"  {ms:9.4f} ms  {row_text(point, tile)}  shipped")
+            for ms, tile in search(admitted, timer):
                 rows.append({"kernel": point.kernel, "size": point.size, "ms": ms, "row": row_text(point, tile)})
-                print(f"  {ms:9.4f} ms  {row_text(point, tile)}")
-    path = Path(args.out) / f"{environment.device_folder(device)}.json"
-    table.write_json(path, {"bench": "tune", "arch": arch, **environment.describe(device, args.commit), "rows": rows})
+                print(f"  {ms:9.4f} ms  {row_text(point, tile)}", flush=True)
+            table.write_json(path, {**facts, "rows": rows})
     print(f"wrote {path}")
 
 
@@ -238,10 +277,15 @@ def main(argv=None):
     p.add_argument("--length", type=command.positives, default=[768, 1024, 4096], metavar="N,...", help="of rows")
     p.add_argument("--dtype", choices=list(compile_cases.DTYPES), default="bf16")
     p.add_argument("--dropout", type=float, default=0.0)
+    p.add_argument("--arch", choices=compiled.LIMITS, help="write the candidates for this architecture; needs no GPU")
+    p.add_argument("--candidates", metavar="FILE", help="time these, which --arch wrote, and no others")
     p.add_argument("--jobs", type=command.positive, metavar="N", help="compiling processes; default: one per core")
     p.add_argument("--out", default="runs/bench/tune", metavar="DIR")
     p.add_argument("--commit", help="commit id to record, for a checkout without git")
     args = p.parse_args(argv)
+    if args.arch:
+        preselect(args, args.arch)
+        return
     if not torch.cuda.is_available():
         raise UserError(
             "tuning measures, and this machine has no GPU that torch can use: run it on the machine whose rows you "

@@ -7,6 +7,7 @@ import torch
 import kernels
 from gptlib import reference
 from kernels import _dropout, _tuning
+from kernels._runtime import INTERPRETED
 from tests.oracle import assert_matches
 from tests.philox import keep_mask
 
@@ -115,9 +116,14 @@ def intermediate_scales(call, ref, dout, dlse, q, k):
 
 
 def use_tile(monkeypatch, block_q, block_k, use_tma=True, loops="two"):
-    """Every attention kernel takes this tile from now on, by descriptor if it can and may."""
+    """Every attention kernel takes this tile from now on, by descriptor if it can and may. Compiled fp32 kernels take
+    32 x 32 at most: larger ones spill kilobytes, over which ptxas sits for minutes, or ask for too much memory."""
 
     def tile(kernel, arch, head_dim, dtype_bytes, dropout=False, descriptors=True, tf32=False):
-        return _tuning.Tile(block_q, block_k, 4, 1, loops, use_tma=use_tma and descriptors)
+        most = 32 if dtype_bytes == 4 and not INTERPRETED else 128
+        size = min(block_q, most), min(block_k, most)
+        return _tuning.Tile(
+            *size, 8 if max(size) == 128 or most == 32 else 4, 1, loops, use_tma=use_tma and descriptors
+        )
 
     monkeypatch.setattr(_tuning, "attention_tile", tile)

@@ -18,7 +18,7 @@ FEW_EXAMPLES, MANY_EXAMPLES = (
     settings(
         max_examples=n, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
     )
-    for n in (12, 40)
+    for n in (12, 40 if INTERPRETED else 16)  # compiled, every example has kernels of its own
 )
 
 

@@ -114,11 +114,11 @@ def test_names_that_mean_nothing(own_kernels, name, message):
     assert "\n" not in str(e.value)
 
 
-def check(name, dropout_p=0.0):
-    backends.check_training(name, device=CPU, n_heads=2, head_dim=8, dropout_p=dropout_p)
+def check(name, dropout_p=0.0, device=CPU):
+    backends.check_training(name, device=device, n_heads=2, head_dim=8, dropout_p=dropout_p)
 
 
-def test_what_cannot_train_is_refused(own_kernels):
+def test_what_cannot_train_is_refused(own_kernels, device):
     with pytest.raises(UserError, match=r"flex has no dropout: give --drop-rate 0 \(it is 0.1\)"):
         check("flex", 0.1)
     with pytest.raises(UserError, match="flex has no backward on a CPU"):
@@ -128,7 +128,7 @@ def test_what_cannot_train_is_refused(own_kernels):
     with pytest.raises(UserError, match="own_kernels:broken cannot train here: no such device"):
         check("own_kernels:broken")
     for name in (*ANYWHERE, "own_kernels:attend"):
-        check(name, 0.1)
+        check(name, 0.1, torch.device(device))
 
 
 def test_defaults_by_device():

@@ -96,6 +96,19 @@ def test_step_times_count_every_step_after_the_warm_up(device):
     assert len(times) == 4 and len(steps) == 4 + train.WARMUP_STEPS and all(t >= 0 for t in times)
 
 
+def test_a_contestant_may_name_all_its_parts_and_a_label_names_the_files(on, tmp_path):
+    found = settings([*on, "--attn", "reference+torch,sdpa+reference+reference", "--loss", "torch,triton"])
+    names = ["reference+torch+torch", "reference+torch+triton", "sdpa+reference+reference"]
+    assert [s.name for s in found] == names
+    found = settings([*on, "--attn", "sdpa,reference+reference", "--norm", "torch", "--loss", "torch"])
+    assert [s.name for s in found] == ["sdpa+torch+torch", "reference+reference+torch"]
+    flags = [*on, "--attn", "sdpa+torch", "--out", str(tmp_path), "--label"]
+    assert command.run(train.main, [*flags, "long"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["train-long.csv", "train-long.json"]
+    assert json.loads((tmp_path / "train-long.json").read_text())["bench"] == "train"
+    assert command.run(train.main, [*flags, "a/b"]) == 2
+
+
 def test_every_attention_meets_every_norm_and_loss(on):
     flags = ["--attn", "reference,sdpa", "--norm", "torch,reference", "--seq", "8,16", "--loss", "torch"]
     found = settings([*on, *flags])

@@ -4,10 +4,12 @@ import json
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
-from bench import attention, gpu, harness, layernorm, softmax, table, train
+from bench import attention, command, gpu, harness, layernorm, memcheck, output, softmax, table, train
 from bench.gpu import Outcome, Step
 
 
@@ -84,7 +86,12 @@ def python(code):
 
 def test_a_step_runs_compiled_and_from_the_checkout(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    code = "import os, sys, bench.table; sys.exit('TRITON_INTERPRET' in os.environ or not os.path.exists('bench'))"
+    monkeypatch.setenv("PYTHONPATH", "/packages/of/the/user")
+    code = """
+import os, sys, bench.table
+assert os.path.exists("bench") and "TRITON_INTERPRET" not in os.environ
+assert sys.path.index("/packages/of/the/user") > sys.path.index(os.getcwd())
+"""
     outcome = gpu.run_step(python(code), 60, tmp_path / "log")
     assert outcome.status == "ok", outcome
 
@@ -130,28 +137,65 @@ while True: time.sleep(1)
 # ---- the steps themselves --------------------------------------------------------------------------------------------
 
 
-def test_the_order_is_environment_tests_benches_training(tmp_path):
+def test_what_tells_most_comes_first(tmp_path):
     names = [step.name for step in gpu.plan("NVIDIA H100 80GB HBM3", tmp_path)]
-    assert names[:3] == ["environment", "tests", "tests-deep"]
-    assert names[3:] == ["numerics", "attention", "softmax", "layernorm", "ratios", "train", "train-compiled", "report"]
+    assert names[:5] == ["environment", "tests", "numerics", "attention", "train"]
+    assert names[-1] == "report" and len(set(names)) == len(names)
+
+
+def test_the_tests_that_run_are_those_that_use_the_device(tmp_path):
+    steps = {step.name: step.command for step in gpu.plan("NVIDIA H100 80GB HBM3", tmp_path)}
+    assert steps["tests"][-1] == "device and not deep" and steps["tests-deep"][-1] == "device and deep"
 
 
 @pytest.mark.parametrize("device_name", ["NVIDIA H100 80GB HBM3", "CPU"])
-def test_every_bench_step_has_flags_that_parse(device_name, tmp_path, monkeypatch):
-    parsed = []
-    monkeypatch.setattr(harness, "main", lambda bench, args: parsed.append((bench.name, args)))
+def test_every_bench_step_has_flags_that_parse_and_files_of_its_own(device_name, tmp_path, monkeypatch):
+    parsed = {}
+    monkeypatch.setattr(harness, "main", lambda bench, args: parsed.update({bench.name: args}))
     mains = {"attention": attention.main, "softmax": softmax.main, "layernorm": layernorm.main}
+    files = {}
     for step in gpu.plan(device_name, tmp_path, commit="abc123"):
         script, *flags = step.command[1:]
         assert script == "-m" or (gpu.ROOT / script).is_file()
-        if step.name in mains:
-            mains[step.name](flags)
-        elif step.name.startswith("train"):
-            parsed.append((step.name, train.parse(flags)))
-    folder = str(tmp_path / "results" / table.folder_name(device_name))
-    assert [name for name, _ in parsed] == ["attention", "softmax", "layernorm", "train", "train-compiled"]
-    assert all(args.out == folder and args.commit == "abc123" for _, args in parsed)
-    assert parsed[-1][1].compile == (device_name != "CPU")
+        bench = Path(script).stem
+        if bench in mains:
+            mains[bench](flags)
+            files[step.name] = output.file_name(bench, parsed[bench].label)
+        elif bench == "train":
+            parsed[bench] = train.parse(flags)
+            compiled = "-compiled" * parsed[bench].compile
+            files[step.name] = output.file_name(bench + compiled, parsed[bench].label)
+            train.settings_of(parsed[bench], torch.device("cuda" if device_name != "CPU" else "cpu"))
+        else:
+            continue
+        assert parsed[bench].out == str(tmp_path / "results" / table.folder_name(device_name))
+        assert parsed[bench].commit == "abc123"
+    expected = ["attention", "train", "attention-gpt2", "softmax", "layernorm", "train-compiled"]
+    expected += ["attention-dropout", "train-long", "attention-slow"]
+    assert list(files) == expected
+    if device_name != "CPU":
+        assert list(files.values()) == expected, "no two steps write one file"
+
+
+def test_a_memory_checker_that_is_not_there_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(memcheck, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(memcheck, "find_tool", lambda: None)
+    memcheck.main([])
+    assert "not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", [0, 9])
+def test_the_memory_checker_runs_the_calls_and_is_heard(code, tmp_path, monkeypatch, capsys):
+    """With a tool that only says how it was called."""
+    tool = tmp_path / memcheck.TOOL
+    tool.write_text(f"#!/bin/sh\necho $PYTORCH_NO_CUDA_MEMORY_CACHING $* > {tmp_path}/said\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(memcheck, "choose_device", lambda name: torch.device("cuda"))
+    assert command.run(memcheck.main, ["--device", "cuda"]) == (2 if code else 0)
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("1 --tool memcheck") and "memcheck.py --unchecked --device cuda" in said
+    assert ("exit code 9" in capsys.readouterr().err) == bool(code)
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,35 @@ def test_tables_bold_the_best_and_show_why_a_cell_is_empty(results):
     assert "**420,000**" in lines[3] and "unsupported" in lines[4]
 
 
+def test_shapes_stand_in_order_of_size_however_they_came(results):
+    attention = report.load(results)[0]
+    lines = report.speed_table(attention).splitlines()
+    attention.rows.sort(key=lambda row: (-row["seq"], row["provider"]))
+    assert [line.split()[1] for line in report.speed_table(attention).splitlines()[2:]] == ["1024", "2048"]
+    assert len(lines) == 4
+
+
+def test_a_labelled_run_has_files_a_table_and_pictures_of_its_own(results):
+    rows = [{**row, "batch": batch, "dropout": 0} for row in attention_rows()[:3] for batch in (8, 16)]
+    store(results / "h100", "attention-gpt2", rows, bench="attention")
+    store(results / "h100", "train-long", train_rows(), bench="train")
+    found = report.load(results)
+    names = [r.name for r in found if r.folder.name == "h100"]
+    assert names == ["attention", "train", "attention-gpt2", "train-long"]
+    by_batch = found[names.index("attention-gpt2")]
+    lines = report.speed_table(by_batch).splitlines()
+    assert lines[0] == "| batch | mode | reference | sdpa-cudnn | triton |"
+    assert lines[2:] == [f"| {batch} | fwd | 40.0 | 290.0 | **300.0** |" for batch in (8, 16)]
+    assert len(list(report.digest(by_batch))) == 2
+    assert {path.name for path in plots.draw_all(found)} >= {
+        *("attention.png", "attention-gpt2.png", "attention-gpt2-memory.png", "train.png", "train-long.png")
+    }
+    page = report.results_page(found, results)
+    assert "### Attention, gpt2" in page and "](h100/attention-gpt2.png)" in page
+    region = report.readme_region(found, results.parent)
+    assert "gpt2.png" not in region and region.count("Whole training steps") == 1
+
+
 def test_digest_sets_ours_beside_the_fastest_other(results):
     attention, train, _ = report.load(results)
     assert list(report.digest(attention)) == [
@@ -179,5 +208,5 @@ def test_committed_tables_are_what_the_report_writes():
         assert readme == report.replace_region(readme, report.readme_region(found, report.ROOT))
     for result in found:
         assert all((result.folder / name).is_file() for name in report.pictures(result))
-        facts = json.loads((result.folder / f"{result.bench}.json").read_text())
+        facts = json.loads((result.folder / f"{result.name}.json").read_text())
         assert {"command", "commit", "date", "verdicts" if result.bench == "curves" else "ceilings"} <= set(facts)

@@ -45,12 +45,18 @@ def same_checkpoint(a, b):
 LEARNING = ("--log-every", 1, "--drop-rate", 0, "--lr", 1e-2, "--warmup-steps", 0, "--eval-windows", 2)
 
 
+@pytest.fixture(scope="session")
+def on(device):
+    """Flags for the suite's device, with losses that can be compared; without them the trainer runs on the CPU."""
+    return "--device", device, "--dtype", "float32"
+
+
 @pytest.fixture(scope="module")
-def reference_losses(text, tmp_path_factory):
+def reference_losses(text, on, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        succeed(*LEARNING, "--steps", 20, "--attn", "reference", "--norm", "reference", "--out", "run", data=text)
+        succeed(*LEARNING, *on, "--steps", 20, "--attn", "reference", "--norm", "reference", "--out", "run", data=text)
     return trainer.losses(folder / "run")
 
 
@@ -65,27 +71,27 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("attn, norm, loss", OTHERS)
-def test_losses_equal_the_references(text, reference_losses, attn, norm, loss):
-    flags = ("--steps", 20, "--stop-at", 4, "--attn", attn, "--norm", norm, "--loss", loss, "--out", "run")
-    code, _, err = trainer.run(*LEARNING, *flags, data=text)
+def test_losses_equal_the_references(text, reference_losses, attn, norm, loss, device, on):
+    names = ("--attn", attn, "--norm", norm, "--loss", loss)
+    code, _, err = trainer.run(*LEARNING, *on, "--steps", 20, "--stop-at", 4, *names, "--out", "run", data=text)
     assert code == 0, err
-    assert err.count("interpreter") == ("triton" in attn + norm + loss), "said once, and only where it is so"
+    interpreted = device == "cpu" and "triton" in attn + norm + loss
+    assert err.count("interpreter") == interpreted, "said once, and only where it is so"
     expected = reference_losses[:4]
     assert expected[0] - expected[-1] > 0.3, "the model must learn for this to mean something"
     assert trainer.losses("run") == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.deep
-def test_twenty_steps_in_the_interpreter(text, reference_losses):
-    succeed(
-        *LEARNING, "--steps", 20, "--attn", "triton", "--norm", "triton", "--loss", "triton", "--out", "run", data=text
-    )
+def test_twenty_steps_with_our_kernels(text, reference_losses, on):
+    names = ("--attn", "triton", "--norm", "triton", "--loss", "triton")
+    succeed(*LEARNING, *on, "--steps", 20, *names, "--out", "run", data=text)
     assert trainer.losses("run") == pytest.approx(reference_losses, abs=1e-3)
 
 
 @pytest.mark.deep
-def test_compile_changes_no_loss(text):
-    flags = ("--steps", 4, "--log-every", 1, "--eval-windows", 4)
+def test_compile_changes_no_loss(text, on):
+    flags = (*on, "--steps", 4, "--log-every", 1, "--eval-windows", 4)
     succeed(*flags, "--out", "a", data=text)
     succeed(*flags, "--compile", "--out", "b", data=text)
     assert trainer.losses("b") == pytest.approx(trainer.losses("a"), abs=1e-4)
@@ -119,6 +125,19 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(text):
     a, b = (read_metrics(f"{run}/metrics.csv") for run in "ab")
     for key in ("train_loss", "grad_norm", "tokens"):
         assert [r[key] for r in a] == pytest.approx([r[key] for r in b], rel=1e-4)
+
+
+@pytest.mark.deep
+def test_a_run_with_the_devices_defaults_goes_on_where_it_stopped(text, device):
+    """On a GPU: our kernels, bf16 and dropout, from a checkpoint with the GPU's random numbers."""
+    flags = ("--device", device, "--steps", 8, "--drop-rate", 0.1, "--log-every", 1, "--lr", 1e-2, "--warmup-steps", 0)
+    succeed(*flags, "--out", "whole", data=text)
+    succeed(*flags, "--out", "parts", "--stop-at", 4, data=text)
+    code, out, err = trainer.run("--device", device, "--resume", "--out", "parts")
+    assert code == 0, err
+    assert f" on {device} -> " in out
+    assert trainer.losses("parts") == pytest.approx(trainer.losses("whole"), abs=1e-3)
+    assert trainer.losses("whole")[0] - trainer.losses("whole")[-1] > 0.3
 
 
 def test_resuming_is_exact(text):

@@ -1,11 +1,15 @@
 """The search for tiles, with times that a formula gives instead of a GPU."""
 
+import argparse
+import dataclasses
+import json
 from functools import partial
 
 import pytest
 import torch
 
 from bench import command, compile_cases, compiled, tune
+from gptlib.errors import UserError
 
 
 class FakeTimer:
@@ -148,6 +152,50 @@ def test_only_what_the_report_admits_is_timed(tmp_path):
     good, spilling = RowTile(1, 8192, 8, True), RowTile(1, 8192, 1, True)
     with compiled.Workers(1, cache=tmp_path) as pool:
         assert tune.admit(point, [spilling, good], "sm_90", pool) == [good]
+
+
+def test_candidates_found_without_a_gpu_are_those_that_are_timed(tmp_path, monkeypatch, capsys):
+    from kernels._tuning import RowTile
+
+    tiles = [RowTile(1, 8192, warps, True) for warps in (8, 16)]
+    monkeypatch.setattr(tune, "candidates", lambda point, arch: tiles)
+    flags = ["--kernel", "softmax_forward", "--length", "8192", "--out", str(tmp_path), "--jobs", "1"]
+    assert command.run(tune.main, [*flags, "--arch", "sm_90", "--commit", "abc"]) == 0
+    assert "softmax_forward 8192, 2 bytes: 2" in capsys.readouterr().out
+    (point,) = tune.points(argparse.Namespace(kernel=["softmax_forward"], length=[8192], dtype="bf16"))
+    found = tune.preselected(tmp_path / "candidates-sm_90.json", point)
+    assert set(found) == set(tiles) and isinstance(found[0], RowTile)
+    with pytest.raises(UserError, match="nothing for softmax_forward 1024, 2 bytes"):
+        tune.preselected(tmp_path / "candidates-sm_90.json", dataclasses.replace(point, size=1024))
+
+
+def test_rows_are_saved_as_they_are_found(tmp_path, monkeypatch, capsys):
+    """The whole command but for the GPU: the second point is interrupted, the first is on disk."""
+    from kernels import _runtime
+    from kernels._tuning import RowTile
+
+    class Timer:
+        def __init__(self, point, device):
+            if point.size == 2048:
+                raise KeyboardInterrupt
+
+        def __call__(self, tile, seconds):
+            return tile.num_warps
+
+    tiles = [RowTile(1, 8192, warps, True) for warps in (16, 2)]
+    monkeypatch.setattr(tune, "GpuTimer", Timer)
+    monkeypatch.setattr(tune, "candidates", lambda point, arch: tiles)
+    monkeypatch.setattr(tune, "admit", lambda point, tiles, arch, pool: tiles)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_runtime, "arch", lambda device: "sm_90")
+    facts = {"device": "NVIDIA H100 80GB HBM3"}
+    monkeypatch.setattr(tune.environment, "describe", lambda device, commit: facts)
+    monkeypatch.setattr(tune.environment, "device_name", lambda device: facts["device"])
+    flags = ["--kernel", "softmax_forward", "--length", "8192,2048", "--out", str(tmp_path), "--jobs", "1"]
+    assert command.run(tune.main, flags) == 130
+    rows = json.loads((tmp_path / "h100-80gb-hbm3.json").read_text())["rows"]
+    assert [row["ms"] for row in rows] == [2, 8, 16], "8 is the shipped one"
+    assert "softmax_forward N <= 8192: (8192, 8192, 8)  shipped" in capsys.readouterr().out
 
 
 def test_a_tile_whose_results_differ_is_refused():
