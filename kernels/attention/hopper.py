@@ -1,0 +1,299 @@
+"""Causal attention, forward, for Hopper: warps of different trades (Shah et al., "FlashAttention-3", 2024).
+
+Equations, saved tensors and the order of programs are forward.py's, the backward is backward.py's. What differs is who
+does what. A program owns 128 queries of one head, and its warps part:
+
+    producer     one warp of few registers: copies tiles of q, k and v to shared memory by TMA, up to STAGES blocks ahead
+    consumers    two warpgroups of 64 queries and many registers each: wgmma and softmax
+
+They meet at barriers in shared memory. Tile n of k (and of v) lives in slot n mod STAGES of a ring:
+
+    full[slot]   counts the bytes of the tile that lands there      a consumer waits before it multiplies
+    empty[slot]  counts two consumers done with the tile            the producer waits before it loads the next one
+    turn[c]      the other consumer has issued its products         consumer c waits before it issues its own
+
+A barrier has phases: it completes one, and starts the next, when all that it counts has come. A wait names the parity of
+a phase, and that of visit number i to a slot is the parity of i: the ring needs no other state.
+
+Step n of a consumer (algorithm 2 of the paper) keeps the tensor cores busy during its softmax, and by taking turns with
+the other consumer during both softmaxes:
+
+    s    = q k_n^T              starts
+    acc += p v_(n-1)            starts behind it, with the p of the step before; then it is the other's turn
+    wait for s; m, p', l, alpha = softmax of s                  while acc += p v_(n-1) runs
+    wait for acc; acc = alpha acc; p = p'
+
+Blocks are taken from the first key to the diagonal, so that those with a mask come last. TMA reads rows past the end of
+a tensor as zeros and does not write them; the mask hides their scores. fp32: scores, softmax, m, l, acc, lse.
+
+Supported: bf16 and fp16, D up to 128 in multiples of 8 (padded to 64 or 128), any Tq <= Tk, grouped heads. Not: dropout,
+windows, packed documents, fp32. It has been compiled for sm_90 and executed by an emulator of its barriers, copies and
+products (tests/gluon_emulator.py), not yet on a GPU: kernels.causal_attention does not use it, ask for it by name.
+"""
+
+import math
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels import _runtime, _tuning, attention
+from kernels.attention import tiles
+from kernels.attention.tiles import LOG2_E, empty_heads, heads_per_section, readable, tma_strides
+
+MAX_HEAD_DIM = 128
+ROWS = gl.constexpr(64)  # queries of a consumer: what one wgmma multiplies
+CONSUMERS = gl.constexpr(2)
+LN_2 = gl.constexpr(0.6931471805599453)
+
+# Names that Triton 3.9 changed.
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+schedule = gluon.jit(tiles.schedule.fn)
+
+
+# ---- the ring --------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def allocate_ring(desc, SLOTS: gl.constexpr, READERS: gl.constexpr):
+    """Shared memory for SLOTS tiles of `desc`, and their barriers: (tiles, full, empty)."""
+    buffers = gl.allocate_shared_memory(desc.dtype, [SLOTS] + desc.block_type.shape, desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=READERS)
+    return buffers, full, empty
+
+
+@gluon.jit
+def place(n, ring):
+    """Slot of tile n, and the parity of this visit to it."""
+    SLOTS: gl.constexpr = ring[0].shape[0]
+    return n % SLOTS, n // SLOTS & 1
+
+
+@gluon.jit
+def load(ring, n, desc, b, h, start):
+    """Have rows start... of head (b, h) copied to the ring as tile n, once its slot is free."""
+    buffers, full, empty = ring
+    slot, parity = place(n, ring)
+    mbarrier.wait(empty.index(slot), parity ^ 1)  # of the visit before; the first one passes at once
+    mbarrier.expect(full.index(slot), desc.block_type.nbytes)
+    tma_load(desc, [b, h, start, 0], full.index(slot), buffers.index(slot))
+
+
+@gluon.jit
+def wait_for(ring, n, exists=True):
+    buffers, full, empty = ring
+    slot, parity = place(n, ring)
+    mbarrier.wait(full.index(slot), parity, pred=exists)
+
+
+@gluon.jit
+def tile(ring, n):
+    """Tile n, which has landed, as a matrix (rows, D) in shared memory."""
+    buffers, full, empty = ring
+    slot, parity = place(n, ring)
+    return buffers.index(slot).reshape((buffers.shape[3], buffers.shape[4]))
+
+
+@gluon.jit
+def release(ring, n):
+    buffers, full, empty = ring
+    slot, parity = place(n, ring)
+    mbarrier.arrive(empty.index(slot), count=1)
+
+
+# ---- the producer ----------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def produce(q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, b, h, h_kv, start_q, num_k, BLOCK_K: gl.constexpr):
+    """Load q once, then k and v in the order in which the consumers ask for them: k_0, k_1, v_0, k_2, v_1, ..."""
+    for consumer in gl.static_range(CONSUMERS):
+        load(q_ring, consumer, q_desc, b, h, start_q + consumer * ROWS)
+    load(k_ring, 0, k_desc, b, h_kv, 0)
+    for n in range(1, num_k):
+        load(k_ring, n, k_desc, b, h_kv, n * BLOCK_K)
+        load(v_ring, n - 1, v_desc, b, h_kv, (n - 1) * BLOCK_K)
+    load(v_ring, num_k - 1, v_desc, b, h_kv, (num_k - 1) * BLOCK_K)
+
+
+# ---- a consumer ------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def softmax(s, m, l, offs_q, offs_k, scale_log2, MASKED: gl.constexpr):
+    """Running maximum m and denominator l with scores s (ROWS, BLOCK_K); p, and the factor that acc owes to m."""
+    if MASKED:
+        s = gl.where(offs_k[None, :] <= offs_q[:, None], s, float("-inf"))
+    m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
+    m_finite = gl.where(m_new == float("-inf"), 0.0, m_new)  # rows whose scores are all -inf
+    p = gl.exp2(s * scale_log2 - m_finite[:, None])
+    alpha = gl.exp2(m - m_finite)
+    return p, m_new, l * alpha + gl.sum(p, 1), alpha
+
+
+@gluon.jit
+def start_scores(q, k_ring, n, S_LAYOUT: gl.constexpr, BLOCK_K: gl.constexpr):
+    """q k_n^T (ROWS, BLOCK_K), on its way."""
+    zeros = gl.zeros((ROWS, BLOCK_K), gl.float32, S_LAYOUT)
+    return warpgroup_mma(q, tile(k_ring, n).permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def step(
+    n, num_k, p, m, l, acc, q, k_ring, v_ring, turn, offs_q, offs_k, scale_log2,
+    MASKED: gl.constexpr, ME: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """Scores and softmax of block n, values of block n - 1. k_n has landed."""
+    mbarrier.wait(turn.index(ME), (n - 1 & 1) ^ (1 - ME))  # consumer 0 begins
+    s = start_scores(q, k_ring, n, S_LAYOUT, BLOCK_K)
+    wait_for(v_ring, n - 1)
+    acc = warpgroup_mma(p, tile(v_ring, n - 1), acc, is_async=True)
+    mbarrier.arrive(turn.index(1 - ME), count=1)
+
+    s = warpgroup_mma_wait(1, deps=(s,))
+    release(k_ring, n)
+    p_next, m, l, alpha = softmax(s, m, l, offs_q, offs_k + n * BLOCK_K, scale_log2, MASKED)
+    wait_for(k_ring, n + 1, n + 1 < num_k)  # here ptxas will not move the softmax behind the wait for acc
+
+    acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+    release(v_ring, n - 1)
+    return operand(p_next, p.dtype, O_LAYOUT), m, l, acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
+
+
+@gluon.jit
+def operand(p, DTYPE: gl.constexpr, O_LAYOUT: gl.constexpr):
+    """p rounded, in the registers where a wgmma looks for its left factor: they are the ones that it was left in."""
+    return gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, O_LAYOUT, 2))
+
+
+@gluon.jit
+def consume(
+    out_desc, lse_ptr, q_ring, k_ring, v_ring, turn, b, h, bh, start_q, num_k, Tq, Tk, scale_log2,
+    ME: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr,
+):  # fmt: skip
+    """Attention of ROWS queries, from the first key to the diagonal of the whole program."""
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    start_q += ME * ROWS
+    rows = start_q + gl.arange(0, ROWS, ROW)
+    offs_q = rows + (Tk - Tq)  # the last key that each sees
+    offs_k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, S_LAYOUT))
+    m = gl.full((ROWS,), float("-inf"), gl.float32, ROW)
+    l = gl.zeros((ROWS,), gl.float32, ROW)
+    acc = gl.zeros((ROWS, BLOCK_D), gl.float32, O_LAYOUT)
+
+    wait_for(q_ring, ME)
+    q = tile(q_ring, ME)
+    wait_for(k_ring, 0)
+    s = warpgroup_mma_wait(0, deps=(start_scores(q, k_ring, 0, S_LAYOUT, BLOCK_K),))
+    release(k_ring, 0)
+    p, m, l, alpha = softmax(s, m, l, offs_q, offs_k, scale_log2, True)
+    p = operand(p, q.dtype, O_LAYOUT)
+    wait_for(k_ring, 1, num_k > 1)
+
+    whole = gl.minimum(gl.maximum((start_q + (Tk - Tq) + 1) // BLOCK_K, 1), num_k)  # blocks that no row sees in part
+    for n in range(1, whole):
+        p, m, l, acc = step(
+            n, num_k, p, m, l, acc, q, k_ring, v_ring, turn, offs_q, offs_k, scale_log2,
+            False, ME, S_LAYOUT, O_LAYOUT, BLOCK_K,
+        )  # fmt: skip
+    for n in range(whole, num_k):
+        p, m, l, acc = step(
+            n, num_k, p, m, l, acc, q, k_ring, v_ring, turn, offs_q, offs_k, scale_log2,
+            True, ME, S_LAYOUT, O_LAYOUT, BLOCK_K,
+        )  # fmt: skip
+    wait_for(v_ring, num_k - 1)
+    acc = warpgroup_mma(p, tile(v_ring, num_k - 1), acc, is_async=True)
+    acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+
+    gl.store(lse_ptr + gl.cast(bh, gl.int64) * Tq + rows, (m + gl.log2(l)) * LN_2, mask=rows < Tq)
+    norm = gl.convert_layout(1.0 / gl.where(l == 0.0, 1.0, l), gl.SliceLayout(1, O_LAYOUT))
+    q.store((acc * norm[:, None]).to(q.dtype))  # q's tile is free: out leaves through it
+    fence_async_shared()
+    tma_store(out_desc, [b, h, start_q, 0], q_ring[0].index(ME))
+    tma.store_wait(0)
+
+
+# ---- the kernel ------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def hopper_forward_kernel(
+    q_desc, k_desc, v_desc, out_desc, lse_ptr,
+    H, GROUP, Tq, Tk, num_heads, num_blocks, heads_per_section, scale_log2,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    block, bh = schedule(num_blocks, num_heads, heads_per_section)
+    b, h = bh // H, bh % H
+    h_kv = h // GROUP
+    start_q = (num_blocks - 1 - block) * BLOCK_Q
+    num_k = gl.cdiv(gl.minimum(start_q + BLOCK_Q, Tq) + (Tk - Tq), BLOCK_K)
+
+    q_ring = allocate_ring(q_desc, CONSUMERS, 1)
+    k_ring = allocate_ring(k_desc, STAGES, CONSUMERS)
+    v_ring = allocate_ring(v_desc, STAGES, CONSUMERS)
+    turn = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    for consumer in gl.static_range(CONSUMERS):
+        mbarrier.init(turn.index(consumer), count=1)
+    fence_async_shared()  # TMA must find the barriers initialized
+
+    FIRST: gl.constexpr = 0
+    SECOND: gl.constexpr = 1
+    gl.warp_specialize(
+        [
+            (consume, (out_desc, lse_ptr, q_ring, k_ring, v_ring, turn, b, h, bh, start_q, num_k, Tq, Tk, scale_log2,
+                       FIRST, BLOCK_K, BLOCK_D)),
+            (consume, (out_desc, lse_ptr, q_ring, k_ring, v_ring, turn, b, h, bh, start_q, num_k, Tq, Tk, scale_log2,
+                       SECOND, BLOCK_K, BLOCK_D)),
+            (produce, (q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, b, h, h_kv, start_q, num_k, BLOCK_K)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
+
+
+# ---- on the host -----------------------------------------------------------------------------------------------------
+
+
+def hopper_forward(q, k, v, scale):
+    """Launch the forward: out (B, H, Tq, D) stored as (B, Tq, H, D), and lse (B, H, Tq) fp32."""
+    B, H, Tq, D = q.shape
+    Hkv, Tk = k.shape[1], k.shape[2]
+    out = empty_heads(B, H, Tq, D, like=q)
+    lse = q.new_empty((B, H, Tq), dtype=torch.float32)
+    block_q, block_d = 2 * 64, 64 if D <= 64 else 128
+    tile = _tuning.HOPPER[block_d]
+    num_blocks = triton.cdiv(Tq, block_q)
+
+    def describe(x, rows):
+        shape = [1, 1, rows, block_d]
+        layout = gl.NVMMASharedLayout.get_default_for(shape, GL_DTYPES[x.dtype])
+        return TensorDescriptor(x, list(x.shape), tma_strides(x), shape, layout)
+
+    _runtime.launch(
+        hopper_forward_kernel, (num_blocks * B * H,),
+        describe(q, 64), describe(k, tile.block_k), describe(v, tile.block_k), describe(out, 64), lse,
+        H, H // Hkv, Tq, Tk, B * H, num_blocks, heads_per_section(B * H, k, H // Hkv), scale * LOG2_E,
+        BLOCK_Q=block_q, BLOCK_K=tile.block_k, BLOCK_D=block_d, STAGES=tile.stages,
+        CONSUMER_REGISTERS=240, PRODUCER_REGISTERS=24, num_warps=4, maxnreg=168,
+    )  # fmt: skip
+    return out, lse
+
+
+GL_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
