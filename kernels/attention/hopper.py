@@ -50,6 +50,7 @@ from kernels import _runtime, _tuning, attention
 from kernels.attention import tiles
 from kernels.attention.tiles import LOG2_E, empty_heads, heads_per_section, readable, tma_strides
 
+OP = "hopper.causal_attention"
 MAX_HEAD_DIM = 128
 ROWS = gl.constexpr(64)  # queries of a consumer: what one wgmma multiplies
 CONSUMERS = gl.constexpr(2)
@@ -270,6 +271,26 @@ def hopper_forward_kernel(
 
 # ---- on the host -----------------------------------------------------------------------------------------------------
 
+GL_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+def padded_head_dim(head_dim):
+    """64 or 128: rows of a tile are whole 128-byte lines, as TMA and wgmma swizzle them."""
+    return 64 if head_dim <= 64 else 128
+
+
+def descriptor(x, rows):
+    """Tensor map of x (B, H, T, D) for tiles of `rows` positions of one head."""
+    shape = [1, 1, rows, padded_head_dim(x.shape[-1])]
+    layout = gl.NVMMASharedLayout.get_default_for(shape, GL_DTYPES[x.dtype])
+    return TensorDescriptor(x, list(x.shape), tma_strides(x), shape, layout)
+
+
+def tma_readable(x):
+    """x itself if TMA can read it, else a contiguous copy."""
+    x = readable(x)
+    return x if tma_strides(x) is not None else x.clone(memory_format=torch.contiguous_format)
+
 
 def hopper_forward(q, k, v, scale):
     """Launch the forward: out (B, H, Tq, D) stored as (B, Tq, H, D), and lse (B, H, Tq) fp32."""
@@ -277,23 +298,109 @@ def hopper_forward(q, k, v, scale):
     Hkv, Tk = k.shape[1], k.shape[2]
     out = empty_heads(B, H, Tq, D, like=q)
     lse = q.new_empty((B, H, Tq), dtype=torch.float32)
-    block_q, block_d = 2 * 64, 64 if D <= 64 else 128
-    tile = _tuning.HOPPER[block_d]
+    if B == 0:
+        return out, lse
+    q, k, v = tma_readable(q), tma_readable(k), tma_readable(v)
+    tile = _tuning.HOPPER[padded_head_dim(D)]
+    block_q = ROWS.value * CONSUMERS.value
     num_blocks = triton.cdiv(Tq, block_q)
-
-    def describe(x, rows):
-        shape = [1, 1, rows, block_d]
-        layout = gl.NVMMASharedLayout.get_default_for(shape, GL_DTYPES[x.dtype])
-        return TensorDescriptor(x, list(x.shape), tma_strides(x), shape, layout)
-
     _runtime.launch(
         hopper_forward_kernel, (num_blocks * B * H,),
-        describe(q, 64), describe(k, tile.block_k), describe(v, tile.block_k), describe(out, 64), lse,
+        descriptor(q, ROWS.value), descriptor(k, tile.block_k), descriptor(v, tile.block_k),
+        descriptor(out, ROWS.value), lse,
         H, H // Hkv, Tq, Tk, B * H, num_blocks, heads_per_section(B * H, k, H // Hkv), scale * LOG2_E,
-        BLOCK_Q=block_q, BLOCK_K=tile.block_k, BLOCK_D=block_d, STAGES=tile.stages,
+        BLOCK_Q=block_q, BLOCK_K=tile.block_k, BLOCK_D=padded_head_dim(D), STAGES=tile.stages,
         CONSUMER_REGISTERS=240, PRODUCER_REGISTERS=24, num_warps=4, maxnreg=168,
     )  # fmt: skip
     return out, lse
 
 
-GL_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+# ---- registration ----------------------------------------------------------------------------------------------------
+
+
+def _run(q, k, v, scale):
+    if (arch := _runtime.arch(q.device)) != "sm_90":
+        here = "Triton's interpreter" if arch == "interpret" else arch
+        raise ValueError(f"{OP}: an H100 or H200 (sm_90) is needed, not {here}; use kernels.causal_attention")
+    return hopper_forward(q, k, v, scale)
+
+
+def _fake(q, k, v, scale):
+    B, H, Tq, D = q.shape
+    return empty_heads(B, H, Tq, D, like=q), q.new_empty((B, H, Tq), dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    q, k, v, out, lse = ctx.saved_tensors
+    if dout is None and dlse is None:
+        return None, None, None, None
+    dout = torch.zeros_like(out) if dout is None else dout
+    grads = attention.backward_op(dout, dlse, q, k, v, out, lse, ctx.scale, 0.0, None, 0, None)
+    return *grads, None
+
+
+_hopper_attention = _runtime.register_op(
+    "hopper_attention",
+    "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+    _setup_context,
+    _backward,
+)
+
+
+# ---- the public function ---------------------------------------------------------------------------------------------
+
+
+def causal_attention(
+    q, k, v, *, scale=None, dropout_p=0.0, window=None, cu_seqlens=None, deterministic=True, return_lse=False
+):
+    """kernels.causal_attention with this file's forward: softmax(scale * q k^T + causal mask) v.
+
+    Not yet run on a GPU: its machine code has been examined and its protocol emulated, see the top of this file.
+
+    Args:
+        q: (B, H, Tq, D), float16 or bfloat16, D a multiple of 8 up to 128. TMA reads q, k and v in place if their last
+            stride is 1 and the others are multiples of 16 bytes; others are copied first.
+        k, v: (B, Hkv, Tk, D) in q's dtype with Tk >= Tq and H a multiple of Hkv.
+        scale: factor of the scores, positive; 1 / sqrt(D) by default.
+        dropout_p, window, cu_seqlens: must be 0, None (or hide nothing) and None.
+        deterministic: the backward always is.
+        return_lse: return the log-sum-exp of the scaled scores too. Gradients flow through it.
+
+    Returns:
+        out (B, H, Tq, D) in q's dtype, stored as (B, Tq, H, D); with return_lse, (out, lse), lse (B, H, Tq) float32.
+
+    Raises:
+        ValueError: an argument outside of the above (named, with its value), or a GPU other than a Hopper.
+        NotImplementedError: second derivatives, vmap.
+
+    Source: Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision", 2024.
+    """
+    attention.check(q, k, v, scale, dropout_p, window, cu_seqlens)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if (dtype := _runtime.autocast_dtype(q)) is not None:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    _refuse(q, k, dropout_p, window, cu_seqlens)
+    out, lse = _hopper_attention(q, k, v, scale)
+    return (out, lse) if return_lse else out
+
+
+def _refuse(q, k, dropout_p, window, cu_seqlens):
+    """ValueError for what kernels.causal_attention can do and this kernel cannot."""
+    refused = {
+        f"dtype {q.dtype}": q.dtype not in GL_DTYPES,
+        f"head dimension {q.shape[-1]}": q.shape[-1] > MAX_HEAD_DIM or q.shape[-1] % 8 != 0,
+        f"dropout_p = {dropout_p}": dropout_p > 0.0,
+        f"window = {window}": window is not None and window < k.shape[2],
+        "cu_seqlens": cu_seqlens is not None,
+    }
+    for what, is_refused in refused.items():
+        if is_refused:
+            raise ValueError(f"{OP}: {what} is not supported by this kernel; use kernels.causal_attention")
