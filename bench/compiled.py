@@ -145,7 +145,8 @@ def target(arch):
 
 
 def list_jobs(cases, arch):
-    """[Job] of every launch that `cases` for `arch` make on it, each specialization once, under its first case's name."""
+    """[Job] of every launch that `cases` make on `arch`, if it is one of theirs; each specialization once, under its
+    first case's name."""
     from kernels._runtime import record_launches
 
     jobs = {}
@@ -199,6 +200,7 @@ def compile_job(job):
 
 def _compile(job):
     import triton
+
     kernel = getattr(importlib.import_module(job.module), job.kernel)
     if kernel.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
@@ -221,7 +223,9 @@ def _facts(job, compiled):
     if job.arch.startswith("gfx"):
         facts |= amd_facts(compiled.asm["amdgcn"])
     else:
-        facts |= nvidia_facts(compiled.asm["cubin"], compiled.asm["ptx"], job.arch, job.loop_warps or warps, job.tile_flops)
+        facts |= nvidia_facts(
+            compiled.asm["cubin"], compiled.asm["ptx"], job.arch, job.loop_warps or warps, job.tile_flops
+        )
     facts["programs_per_sm"] = programs_per_sm(
         job.arch, facts["registers"], warps, facts["shared"], getattr(compiled.metadata, "tmem_size", 0)
     )

@@ -158,8 +158,6 @@ ODD_STRIDES = {
 # fmt: on
 
 
-
-
 class HopperTile(NamedTuple):
     """What the warp-specialized forward of attention/hopper.py loads: blocks of keys, and how many ahead."""
 

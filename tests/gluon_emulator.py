@@ -312,7 +312,9 @@ class Emulator:
 
     def let_hardware_work(self):
         if self.schedule.hardware == "random" and self.random.random() < 0.3:
-            pending = [("copy", c) for c in self.copies] + [("product", a.products[0]) for a in self.agents if a.products]
+            pending = [("copy", c) for c in self.copies] + [
+                ("product", a.products[0]) for a in self.agents if a.products
+            ]
             if pending:
                 kind, work = self.pick(pending)
                 if kind == "copy":

@@ -105,7 +105,7 @@ def test_the_future_is_not_seen():
 # what to run instead, and what the emulator or the error rule says: (piece of the source, replacement, complaint)
 FAULTS = {
     "k not waited for": ("    wait_for(k_ring, n + 1, n + 1 < num_k)", "    pass", "copy is on its way"),
-    "v not waited for": ("    wait_for(v_ring, n - 1)", "    pass", "copy is on its way"),
+    "v not waited for": ("    wait_for(v_ring, n)", "    pass", "copy is on its way"),
     "q not waited for": ("    wait_for(q_ring, ME)", "    pass", "copy is on its way"),
     "no wait for a free slot": ("mbarrier.wait(empty.index(slot), parity ^ 1)", "pass", "arrivals"),
     "the wrong phase of a free slot": ("mbarrier.wait(empty.index(slot), parity ^ 1)",
@@ -133,8 +133,7 @@ FAULTS = {
     "a masked block taken for a whole one": ("whole = gl.minimum(gl.maximum(", "whole = num_k  # (", "max error"),
     "acc not rescaled": ("m, l, acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]", "m, l, acc",
                          "max error"),
-    "values of the wrong block": ("warpgroup_mma(p, tile(v_ring, n - 1), acc", "warpgroup_mma(p, tile(v_ring, n), acc",
-                                  "copy is on its way"),
+    "values of the next block": ("start_values(p, acc, v_ring, n - 1,", "start_values(p, acc, v_ring, n,", "waits for|copy"),
 }  # fmt: skip
 
 

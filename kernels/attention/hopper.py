@@ -3,7 +3,7 @@
 Equations, saved tensors and the order of programs are forward.py's, the backward is backward.py's. What differs is who
 does what. A program owns 128 queries of one head, and its warps part:
 
-    producer     one warp of few registers: copies tiles of q, k and v to shared memory by TMA, up to STAGES blocks ahead
+    producer     one warp of few registers: copies tiles of q, k and v to shared memory by TMA, STAGES blocks ahead
     consumers    two warpgroups of 64 queries and many registers each: wgmma and softmax
 
 They meet at barriers in shared memory. Tile n of k (and of v) lives in slot n mod STAGES of a ring:
@@ -12,8 +12,8 @@ They meet at barriers in shared memory. Tile n of k (and of v) lives in slot n m
     empty[slot]  counts two consumers done with the tile            the producer waits before it loads the next one
     turn[c]      the other consumer has issued its products         consumer c waits before it issues its own
 
-A barrier has phases: it completes one, and starts the next, when all that it counts has come. A wait names the parity of
-a phase, and that of visit number i to a slot is the parity of i: the ring needs no other state.
+A barrier has phases: it completes one, and starts the next, when all that it counts has come. A wait names the parity
+of a phase, and that of visit number i to a slot is the parity of i: the ring needs no other state.
 
 Step n of a consumer (algorithm 2 of the paper) keeps the tensor cores busy during its softmax, and by taking turns with
 the other consumer during both softmaxes:
@@ -26,8 +26,8 @@ the other consumer during both softmaxes:
 Blocks are taken from the first key to the diagonal, so that those with a mask come last. TMA reads rows past the end of
 a tensor as zeros and does not write them; the mask hides their scores. fp32: scores, softmax, m, l, acc, lse.
 
-Supported: bf16 and fp16, D up to 128 in multiples of 8 (padded to 64 or 128), any Tq <= Tk, grouped heads. Not: dropout,
-windows, packed documents, fp32. It has been compiled for sm_90 and executed by an emulator of its barriers, copies and
+Supported: bf16 and fp16, D up to 128 in multiples of 8 (padded to 64 or 128), any Tq <= Tk, grouped heads. Not:
+dropout, windows, packed documents, fp32. It has been compiled for sm_90 and executed by an emulator of its barriers, copies and
 products (tests/gluon_emulator.py), not yet on a GPU: kernels.causal_attention does not use it, ask for it by name.
 """
 
@@ -68,7 +68,8 @@ schedule = gluon.jit(tiles.schedule.fn)
 @gluon.jit
 def allocate_ring(desc, SLOTS: gl.constexpr, READERS: gl.constexpr):
     """Shared memory for SLOTS tiles of `desc`, and their barriers: (tiles, full, empty)."""
-    buffers = gl.allocate_shared_memory(desc.dtype, [SLOTS] + desc.block_type.shape, desc.layout)
+    TILE: gl.constexpr = desc.block_type.shape  # (1, 1, rows, D)
+    buffers = gl.allocate_shared_memory(desc.dtype, [SLOTS, 1, 1, TILE[2], TILE[3]], desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
@@ -96,7 +97,7 @@ def load(ring, n, desc, b, h, start):
 
 @gluon.jit
 def wait_for(ring, n, exists=True):
-    buffers, full, empty = ring
+    _, full, _ = ring
     slot, parity = place(n, ring)
     mbarrier.wait(full.index(slot), parity, pred=exists)
 
@@ -104,15 +105,15 @@ def wait_for(ring, n, exists=True):
 @gluon.jit
 def tile(ring, n):
     """Tile n, which has landed, as a matrix (rows, D) in shared memory."""
-    buffers, full, empty = ring
-    slot, parity = place(n, ring)
+    buffers, _, _ = ring
+    slot, _ = place(n, ring)
     return buffers.index(slot).reshape((buffers.shape[3], buffers.shape[4]))
 
 
 @gluon.jit
 def release(ring, n):
-    buffers, full, empty = ring
-    slot, parity = place(n, ring)
+    _, _, empty = ring
+    slot, _ = place(n, ring)
     mbarrier.arrive(empty.index(slot), count=1)
 
 
@@ -154,6 +155,14 @@ def start_scores(q, k_ring, n, S_LAYOUT: gl.constexpr, BLOCK_K: gl.constexpr):
 
 
 @gluon.jit
+def start_values(p, acc, v_ring, n, DTYPE: gl.constexpr, O_LAYOUT: gl.constexpr):
+    """acc + p v_n (ROWS, D), on its way, and p as the product reads it: rounded, in the registers that it is in."""
+    p = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, O_LAYOUT, 2))
+    wait_for(v_ring, n)
+    return warpgroup_mma(p, tile(v_ring, n), acc, is_async=True), p
+
+
+@gluon.jit
 def step(
     n, num_k, p, m, l, acc, q, k_ring, v_ring, turn, offs_q, offs_k, scale_log2,
     MASKED: gl.constexpr, ME: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, BLOCK_K: gl.constexpr,
@@ -161,24 +170,17 @@ def step(
     """Scores and softmax of block n, values of block n - 1. k_n has landed."""
     mbarrier.wait(turn.index(ME), (n - 1 & 1) ^ (1 - ME))  # consumer 0 begins
     s = start_scores(q, k_ring, n, S_LAYOUT, BLOCK_K)
-    wait_for(v_ring, n - 1)
-    acc = warpgroup_mma(p, tile(v_ring, n - 1), acc, is_async=True)
+    acc, p = start_values(p, acc, v_ring, n - 1, q.dtype, O_LAYOUT)
     mbarrier.arrive(turn.index(1 - ME), count=1)
 
     s = warpgroup_mma_wait(1, deps=(s,))
     release(k_ring, n)
     p_next, m, l, alpha = softmax(s, m, l, offs_q, offs_k + n * BLOCK_K, scale_log2, MASKED)
-    wait_for(k_ring, n + 1, n + 1 < num_k)  # here ptxas will not move the softmax behind the wait for acc
+    wait_for(k_ring, n + 1, n + 1 < num_k)  # here, ptxas does not move the softmax behind the wait for acc
 
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
     release(v_ring, n - 1)
-    return operand(p_next, p.dtype, O_LAYOUT), m, l, acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
-
-
-@gluon.jit
-def operand(p, DTYPE: gl.constexpr, O_LAYOUT: gl.constexpr):
-    """p rounded, in the registers where a wgmma looks for its left factor: they are the ones that it was left in."""
-    return gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, O_LAYOUT, 2))
+    return p_next, m, l, acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
 
 
 @gluon.jit
@@ -203,8 +205,7 @@ def consume(
     wait_for(k_ring, 0)
     s = warpgroup_mma_wait(0, deps=(start_scores(q, k_ring, 0, S_LAYOUT, BLOCK_K),))
     release(k_ring, 0)
-    p, m, l, alpha = softmax(s, m, l, offs_q, offs_k, scale_log2, True)
-    p = operand(p, q.dtype, O_LAYOUT)
+    p, m, l, _ = softmax(s, m, l, offs_q, offs_k, scale_log2, True)
     wait_for(k_ring, 1, num_k > 1)
 
     whole = gl.minimum(gl.maximum((start_q + (Tk - Tq) + 1) // BLOCK_K, 1), num_k)  # blocks that no row sees in part
@@ -218,15 +219,14 @@ def consume(
             n, num_k, p, m, l, acc, q, k_ring, v_ring, turn, offs_q, offs_k, scale_log2,
             True, ME, S_LAYOUT, O_LAYOUT, BLOCK_K,
         )  # fmt: skip
-    wait_for(v_ring, num_k - 1)
-    acc = warpgroup_mma(p, tile(v_ring, num_k - 1), acc, is_async=True)
+    acc, p = start_values(p, acc, v_ring, num_k - 1, q.dtype, O_LAYOUT)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
 
-    gl.store(lse_ptr + gl.cast(bh, gl.int64) * Tq + rows, (m + gl.log2(l)) * LN_2, mask=rows < Tq)
     norm = gl.convert_layout(1.0 / gl.where(l == 0.0, 1.0, l), gl.SliceLayout(1, O_LAYOUT))
     q.store((acc * norm[:, None]).to(q.dtype))  # q's tile is free: out leaves through it
     fence_async_shared()
     tma_store(out_desc, [b, h, start_q, 0], q_ring[0].index(ME))
+    gl.store(lse_ptr + gl.cast(bh, gl.int64) * Tq + rows, (m + gl.log2(l)) * LN_2, mask=rows < Tq)
     tma.store_wait(0)
 
 
