@@ -4,9 +4,9 @@
     with _runtime.record_launches("sm_90", emulator):
         out, lse = hopper_forward(q, k, v, scale)
 
-runs the functions that the compiler would compile, with `gl`, `mbarrier`, `tma` and wgmma replaced by what stands below.
-Each partition is a thread, but only one runs at a time: it hands over at every operation that others can notice, and
-the schedule decides who is next. What the hardware does on its own happens when the schedule says:
+runs the functions that the compiler would compile, with `gl`, `mbarrier`, `tma` and wgmma replaced by what stands
+below. Each partition is a thread, but only one runs at a time: it hands over at every operation that others can notice,
+and the schedule decides who is next. What the hardware does on its own happens when the schedule says:
 
     early     at once: a copy lands before the next operation, a product is done when it is issued
     late      at the last moment: copies land, newest first, when nobody can go on without; products at their wait
@@ -22,8 +22,8 @@ copy until it lands. These end a run with a ProtocolError:
     nobody can go on (who waits for which phase is listed)
     the program ends with something on its way
 
-Not modelled: layouts (the compiler checks those), the threads inside a partition, which the compiler keeps together, and
-the order of ordinary stores of different partitions, of which these kernels have none.
+Not modelled: layouts (the compiler checks those), the threads inside a partition, which the compiler's barriers keep
+together, ordinary loads from shared memory, and registers that an operand in flight still needs (ptxas knows them).
 """
 
 import inspect
@@ -312,16 +312,14 @@ class Emulator:
 
     def let_hardware_work(self):
         if self.schedule.hardware == "random" and self.random.random() < 0.3:
-            pending = [("copy", c) for c in self.copies] + [
-                ("product", a.products[0]) for a in self.agents if a.products
-            ]
-            if pending:
-                kind, work = self.pick(pending)
-                if kind == "copy":
-                    self.copies.remove(work)
-                    self.land(work)
-                else:
-                    work.compute()
+            products = [next((x for x in a.products if x.result is None), None) for a in self.agents]
+            pending = [*self.copies, *filter(None, products)]
+            work = self.pick(pending) if pending else None
+            if isinstance(work, Product):
+                work.compute()
+            elif work is not None:
+                self.copies.remove(work)
+                self.land(work)
 
     # -- copies and products
 

@@ -133,7 +133,8 @@ FAULTS = {
     "a masked block taken for a whole one": ("whole = gl.minimum(gl.maximum(", "whole = num_k  # (", "max error"),
     "acc not rescaled": ("m, l, acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]", "m, l, acc",
                          "max error"),
-    "values of the next block": ("start_values(p, acc, v_ring, n - 1,", "start_values(p, acc, v_ring, n,", "waits for|copy"),
+    "values of the next block": ("start_values(p, acc, v_ring, n - 1,", "start_values(p, acc, v_ring, n,",
+                                 "max error"),
 }  # fmt: skip
 
 

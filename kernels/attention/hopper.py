@@ -27,8 +27,9 @@ Blocks are taken from the first key to the diagonal, so that those with a mask c
 a tensor as zeros and does not write them; the mask hides their scores. fp32: scores, softmax, m, l, acc, lse.
 
 Supported: bf16 and fp16, D up to 128 in multiples of 8 (padded to 64 or 128), any Tq <= Tk, grouped heads. Not:
-dropout, windows, packed documents, fp32. It has been compiled for sm_90 and executed by an emulator of its barriers, copies and
-products (tests/gluon_emulator.py), not yet on a GPU: kernels.causal_attention does not use it, ask for it by name.
+dropout, windows, packed documents, fp32. It has been compiled for sm_90 and executed by an emulator of its barriers,
+copies and products (tests/gluon_emulator.py), but not yet run on a GPU: kernels.causal_attention does not use it, it is
+there for whoever asks by name.
 """
 
 import math
@@ -55,6 +56,8 @@ MAX_HEAD_DIM = 128
 ROWS = gl.constexpr(64)  # queries of a consumer: what one wgmma multiplies
 CONSUMERS = gl.constexpr(2)
 LN_2 = gl.constexpr(0.6931471805599453)
+# A multiprocessor's 65536 registers for 12 warps (a lone one costs four), and how the three warpgroups share them.
+REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS = 168, 240, 24  # 3 x 168 = 240 + 240 + 24
 
 # Names that Triton 3.9 changed.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -301,16 +304,16 @@ def hopper_forward(q, k, v, scale):
     if B == 0:
         return out, lse
     q, k, v = tma_readable(q), tma_readable(k), tma_readable(v)
-    tile = _tuning.HOPPER[padded_head_dim(D)]
+    block_k, stages = _tuning.HOPPER[padded_head_dim(D)]
     block_q = ROWS.value * CONSUMERS.value
     num_blocks = triton.cdiv(Tq, block_q)
     _runtime.launch(
         hopper_forward_kernel, (num_blocks * B * H,),
-        descriptor(q, ROWS.value), descriptor(k, tile.block_k), descriptor(v, tile.block_k),
+        descriptor(q, ROWS.value), descriptor(k, block_k), descriptor(v, block_k),
         descriptor(out, ROWS.value), lse,
         H, H // Hkv, Tq, Tk, B * H, num_blocks, heads_per_section(B * H, k, H // Hkv), scale * LOG2_E,
-        BLOCK_Q=block_q, BLOCK_K=tile.block_k, BLOCK_D=padded_head_dim(D), STAGES=tile.stages,
-        CONSUMER_REGISTERS=240, PRODUCER_REGISTERS=24, num_warps=4, maxnreg=168,
+        BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_D=padded_head_dim(D), STAGES=stages,
+        CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     return out, lse
 
