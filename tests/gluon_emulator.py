@@ -441,9 +441,10 @@ class Emulator:
             arange=lambda start, end, layout: torch.arange(start, end),
             full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
-            maximum=maximum, where=torch.where, exp2=torch.exp2, log2=torch.log2, max=largest,
-            sum=lambda x, axis: values(x).sum(axis), store=store, convert_layout=lambda x, layout: x,
-            NVMMADistributedLayout=nothing, SliceLayout=nothing, DotOperandLayout=nothing,
+            maximum=maximum, where=lambda c, x, y: torch.where(c, values(x), values(y)), max=largest,
+            sum=lambda x, axis: values(x).sum(axis), exp2=torch.exp2, log2=torch.log2, store=store,
+            convert_layout=lambda x, layout: x, NVMMADistributedLayout=nothing, SliceLayout=nothing,
+            DotOperandLayout=nothing,
             allocate_shared_memory=self.allocate_shared_memory, warp_specialize=self.warp_specialize,
         )  # fmt: skip
         barriers = types.SimpleNamespace(
