@@ -159,10 +159,12 @@ ODD_STRIDES = {
 
 
 class HopperTile(NamedTuple):
-    """What the warp-specialized forward of attention/hopper.py loads: blocks of keys, and how many ahead."""
+    """What the warp-specialized forward of attention/hopper.py loads: blocks of keys, and how many ahead. With `turns`
+    its consumers start their products one after the other."""
 
     block_k: int
     stages: int
+    turns: bool = True
 
 
 HOPPER = {64: HopperTile(128, 4), 128: HopperTile(128, 2)}  # by padded head dimension

@@ -79,10 +79,10 @@ def test_overlapped_forward_multiplies_during_its_softmax(sample_rows):
     assert row["in_step_share"] > 0.7 and row["wgmma_waits"] < 0.5
 
 
-@pytest.mark.parametrize(("case", "in_step"), [("hopper-bf16-d64", 0.5), ("hopper-bf16-d128", 0.75)])
+@pytest.mark.parametrize(("case", "in_step"), [("hopper-bf16-d64", 0.52), ("hopper-bf16-d128", 0.78)])
 def test_hopper_forward_multiplies_values_during_its_softmax(sample_rows, case, in_step):
-    """0.51 and 0.81 with Triton 3.7.1, before the consumers take turns; 0.44 and 0.61 where ptxas moves the softmax
-    behind the wait for the values."""
+    """0.55 and 0.84 with Triton 3.7.1, turns not counted; 0.44 and 0.61 where ptxas moves the softmax behind the wait
+    for the values."""
     row = next(r for r in sample_rows if r["case"] == case)
     assert row["redundancy"] == 1.0 and row["peak_share"] > 0.95
     assert row["in_step_share"] > in_step and row["wgmma_waits"] < 0.2

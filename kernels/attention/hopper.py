@@ -168,13 +168,16 @@ def start_values(p, acc, v_ring, n, DTYPE: gl.constexpr, O_LAYOUT: gl.constexpr)
 @gluon.jit
 def step(
     n, num_k, p, m, l, acc, q, k_ring, v_ring, turn, offs_q, offs_k, scale_log2,
-    MASKED: gl.constexpr, ME: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, BLOCK_K: gl.constexpr,
+    MASKED: gl.constexpr, ME: gl.constexpr, TURNS: gl.constexpr,
+    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of block n, values of block n - 1. k_n has landed."""
-    mbarrier.wait(turn.index(ME), (n - 1 & 1) ^ (1 - ME))  # consumer 0 begins
+    if TURNS:
+        mbarrier.wait(turn.index(ME), (n - 1 & 1) ^ (1 - ME))  # consumer 0 begins
     s = start_scores(q, k_ring, n, S_LAYOUT, BLOCK_K)
     acc, p = start_values(p, acc, v_ring, n - 1, q.dtype, O_LAYOUT)
-    mbarrier.arrive(turn.index(1 - ME), count=1)
+    if TURNS:
+        mbarrier.arrive(turn.index(1 - ME), count=1)
 
     s = warpgroup_mma_wait(1, deps=(s,))
     release(k_ring, n)
@@ -189,7 +192,7 @@ def step(
 @gluon.jit
 def consume(
     out_desc, lse_ptr, q_ring, k_ring, v_ring, turn, b, h, bh, start_q, num_k, Tq, Tk, scale_log2,
-    ME: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr,
+    ME: gl.constexpr, TURNS: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS queries, from the first key to the diagonal of the whole program."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
@@ -215,12 +218,12 @@ def consume(
     for n in range(1, whole):
         p, m, l, acc = step(
             n, num_k, p, m, l, acc, q, k_ring, v_ring, turn, offs_q, offs_k, scale_log2,
-            False, ME, S_LAYOUT, O_LAYOUT, BLOCK_K,
+            False, ME, TURNS, S_LAYOUT, O_LAYOUT, BLOCK_K,
         )  # fmt: skip
     for n in range(whole, num_k):
         p, m, l, acc = step(
             n, num_k, p, m, l, acc, q, k_ring, v_ring, turn, offs_q, offs_k, scale_log2,
-            True, ME, S_LAYOUT, O_LAYOUT, BLOCK_K,
+            True, ME, TURNS, S_LAYOUT, O_LAYOUT, BLOCK_K,
         )  # fmt: skip
     acc, p = start_values(p, acc, v_ring, num_k - 1, q.dtype, O_LAYOUT)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
@@ -240,7 +243,7 @@ def consume(
 def hopper_forward_kernel(
     q_desc, k_desc, v_desc, out_desc, lse_ptr,
     H, GROUP, Tq, Tk, num_heads, num_blocks, heads_per_section, scale_log2,
-    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     block, bh = schedule(num_blocks, num_heads, heads_per_section)
@@ -262,9 +265,9 @@ def hopper_forward_kernel(
     gl.warp_specialize(
         [
             (consume, (out_desc, lse_ptr, q_ring, k_ring, v_ring, turn, b, h, bh, start_q, num_k, Tq, Tk, scale_log2,
-                       FIRST, BLOCK_K, BLOCK_D)),
+                       FIRST, TURNS, BLOCK_K, BLOCK_D)),
             (consume, (out_desc, lse_ptr, q_ring, k_ring, v_ring, turn, b, h, bh, start_q, num_k, Tq, Tk, scale_log2,
-                       SECOND, BLOCK_K, BLOCK_D)),
+                       SECOND, TURNS, BLOCK_K, BLOCK_D)),
             (produce, (q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, b, h, h_kv, start_q, num_k, BLOCK_K)),
         ],
         [4, 1],
@@ -304,7 +307,7 @@ def hopper_forward(q, k, v, scale):
     if B == 0:
         return out, lse
     q, k, v = tma_readable(q), tma_readable(k), tma_readable(v)
-    block_k, stages = _tuning.HOPPER[padded_head_dim(D)]
+    block_k, stages, turns = _tuning.HOPPER[padded_head_dim(D)]
     block_q = ROWS.value * CONSUMERS.value
     num_blocks = triton.cdiv(Tq, block_q)
     _runtime.launch(
@@ -312,7 +315,7 @@ def hopper_forward(q, k, v, scale):
         descriptor(q, ROWS.value), descriptor(k, block_k), descriptor(v, block_k),
         descriptor(out, ROWS.value), lse,
         H, H // Hkv, Tq, Tk, B * H, num_blocks, heads_per_section(B * H, k, H // Hkv), scale * LOG2_E,
-        BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_D=padded_head_dim(D), STAGES=stages,
+        BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_D=padded_head_dim(D), STAGES=stages, TURNS=turns,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     return out, lse
