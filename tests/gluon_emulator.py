@@ -100,7 +100,7 @@ class View:
         self.buffer.start_writing("a store")
         self.data.copy_(value)
         self.buffer.writers -= 1
-        self.buffer.unfenced = self.machine.agent
+        self.buffer.unfenced = self.machine.partition
 
 
 class Barrier:
@@ -207,7 +207,7 @@ class Product:
     __add__ = __sub__ = __mul__ = __rmul__ = __getitem__ = lambda self, other: self.elements
 
 
-class Agent(threading.Thread):
+class Partition(threading.Thread):
     """A partition: a thread that runs when the machine says so."""
 
     def __init__(self, machine, name, function):
@@ -252,7 +252,7 @@ class Emulator:
         function = self.function(kernel.fn)
         args = [self.argument(x) for x in args]
         for self.program in itertools.product(*map(range, grid)):
-            self.agents, self.copies, self.buffers, self.stopped = [], [], [], False
+            self.partitions, self.copies, self.buffers, self.stopped = [], [], [], False
             self.barriers = itertools.count()
             self.start("kernel", lambda: function(*args, **constexprs))
             self.run()
@@ -267,43 +267,43 @@ class Emulator:
     # -- who runs
 
     def start(self, name, function):
-        agent = Agent(self, name, function)
-        self.agents.append(agent)
-        agent.start()
-        return agent
+        partition = Partition(self, name, function)
+        self.partitions.append(partition)
+        partition.start()
+        return partition
 
     def run(self):
-        """Until all agents are done; whatever one of them raises is raised here."""
+        """Until all partitions are done; whatever one of them raises is raised here."""
         try:
-            while alive := [a for a in self.agents if not a.done]:
+            while alive := [x for x in self.partitions if not x.done]:
                 self.let_hardware_work()
-                ready = [a for a in alive if a.can_go_on is None or a.can_go_on()]
+                ready = [x for x in alive if x.can_go_on is None or x.can_go_on()]
                 if ready:
                     self.resume({"first": ready[0], "last": ready[-1]}.get(self.schedule.order) or self.pick(ready))
                 elif self.copies:
                     self.land(self.copies.pop())
                 else:
-                    raise ProtocolError("; ".join(f"{a.label} waits for {a.waits_for}" for a in alive[1:] or alive))
+                    raise ProtocolError("; ".join(f"{x.label} waits for {x.waits_for}" for x in alive[1:] or alive))
             if self.copies:
                 raise ProtocolError("the program ends with a copy on its way")
         finally:
             self.stopped = True
-            for agent in self.agents:
-                agent.turn.release()
+            for partition in self.partitions:
+                partition.turn.release()
 
-    def resume(self, agent):
-        self.agent = agent
-        agent.turn.release()
+    def resume(self, partition):
+        self.partition = partition
+        partition.turn.release()
         self.turn.acquire()
-        if agent.error is not None:
-            raise agent.error
+        if partition.error is not None:
+            raise partition.error
 
     def pause(self, can_go_on=None, waits_for=""):
-        """Called by the agent that runs: hand over, until it may go on and is chosen."""
-        agent = self.agent
-        agent.can_go_on, agent.waits_for = can_go_on, waits_for
+        """Called by the partition that runs: hand over, until it may go on and is chosen."""
+        partition = self.partition
+        partition.can_go_on, partition.waits_for = can_go_on, waits_for
         self.turn.release()
-        agent.turn.acquire()
+        partition.turn.acquire()
         if self.stopped:
             raise Stopped
 
@@ -312,7 +312,7 @@ class Emulator:
 
     def let_hardware_work(self):
         if self.schedule.hardware == "random" and self.random.random() < 0.3:
-            products = [next((x for x in a.products if x.result is None), None) for a in self.agents]
+            products = [next((p for p in x.products if p.result is None), None) for x in self.partitions]
             pending = [*self.copies, *filter(None, products)]
             work = self.pick(pending) if pending else None
             if isinstance(work, Product):
@@ -341,31 +341,31 @@ class Emulator:
         if view.buffer.unfenced is not None:
             raise ProtocolError("a tile leaves by TMA without a fence after it was written")
         view.buffer.start_reading("a TMA store")
-        self.agent.stores.append((desc, coordinates, view))
+        self.partition.stores.append((desc, coordinates, view))
 
     def store_wait(self, pendings):
         self.pause()
-        while len(self.agent.stores) > pendings:
-            desc, coordinates, view = self.agent.stores.pop(0)
+        while len(self.partition.stores) > pendings:
+            desc, coordinates, view = self.partition.stores.pop(0)
             desc.save(coordinates, view.data)
             view.buffer.readers -= 1
 
     def warpgroup_mma(self, a, b, acc, use_acc=True, is_async=False):
         self.pause()
         product = Product(a, b, values(acc) if use_acc else None)
-        self.agent.products.append(product)
+        self.partition.products.append(product)
         if self.schedule.hardware == "early":
             product.compute()
         return product if is_async else self.warpgroup_mma_wait(0, (product,))
 
     def warpgroup_mma_wait(self, num_outstanding, deps):
         self.pause()
-        while len(self.agent.products) > num_outstanding:
-            product = self.agent.products.pop(0)
+        while len(self.partition.products) > num_outstanding:
+            product = self.partition.products.pop(0)
             product.compute()
             for buffer in product.shared:
                 buffer.readers -= 1
-        if any(dep is product for dep in deps for product in self.agent.products):
+        if any(dep is product for dep in deps for product in self.partition.products):
             raise ProtocolError("a product goes through a wait that lets it be unfinished")
         found = tuple(dep.result if isinstance(dep, Product) else dep for dep in deps)
         return found[0] if len(found) == 1 else found
@@ -373,7 +373,7 @@ class Emulator:
     def fence_async_shared(self):
         self.pause()
         for buffer in self.buffers:
-            if buffer.unfenced is self.agent:
+            if buffer.unfenced is self.partition:
                 buffer.unfenced = None
 
     # -- barriers and partitions
@@ -390,12 +390,12 @@ class Emulator:
         if pred:
             self.pause(lambda: barrier.passed(parity), f"parity {parity} of {barrier.name}")
 
-    def warp_specialize(self, partitions, warps, registers):
-        agents = [
+    def warp_specialize(self, functions, warps, registers):
+        partitions = [
             self.start(f"partition {i}", lambda function=function, args=args: function(*args))
-            for i, (function, args) in enumerate(partitions)
+            for i, (function, args) in enumerate(functions)
         ]
-        self.pause(lambda: all(agent.done for agent in agents), "the partitions")
+        self.pause(lambda: all(partition.done for partition in partitions), "the partitions")
 
     def allocate_shared_memory(self, dtype, shape, layout):
         if dtype == torch.int64:
