@@ -6,6 +6,7 @@ A case calls the launchers themselves, so tiles, grids and flags are those of a 
     tensor      the architecture's best matrix instruction: mma.sync on sm_80, wgmma on sm_90, tcgen05 on sm_100, MFMA
     mma         mma.sync on NVIDIA: what a tile of 16 rows can use
     tma_load, tma_store     bulk copies by descriptor, where the architecture has them
+    setmaxnreg  registers that move from some warps to others
     wide_load   16-byte loads from global memory
 """
 
@@ -36,7 +37,7 @@ POINTER_EXPECTS = dict.fromkeys(ATTENTION_EXPECTS, ("tensor",))
 
 def cases():
     """All cases, those that most people run first."""
-    return [*attention_cases(), *decode_cases(), *softmax_cases(), *norm_cases(), *loss_cases()]
+    return [*attention_cases(), *hopper_cases(), *decode_cases(), *softmax_cases(), *norm_cases(), *loss_cases()]
 
 
 def named(name):
@@ -153,6 +154,31 @@ def prepare_attention(
         out, lse = run()
     call = {None: both, "forward": forward, "backward": lambda: backward(out, lse)}[part]
     return run
+
+
+def hopper_cases():
+    """The warp-specialized forward; 80 is padded, and in "ones" arguments of 1 become constants."""
+    kernel = "hopper_forward_kernel"
+    about = {"expects": {kernel: (*TMA, "setmaxnreg")}, "products": {kernel: 2}, "loop_warps": {kernel: 8}}
+    calls = {
+        f"{dtype}-d{head_dim}": partial(launch, prepare_hopper, DTYPES[dtype], head_dim)
+        for dtype, head_dim in (("bf16", 64), ("bf16", 128), ("fp16", 64), ("fp16", 128), ("bf16", 80))
+    }
+    calls["bf16-d64-gqa"] = partial(launch, prepare_hopper, "bfloat16", 64, kv_heads=HEADS // GROUPS)
+    calls["bf16-d64-ones"] = partial(launch, prepare_hopper, "bfloat16", 64, shape=(1, 1, 1), kv_heads=1)
+    return [Case(f"hopper-{name}", call, **about, archs=("sm_90",)) for name, call in calls.items()]
+
+
+def prepare_hopper(dtype, head_dim, shape=(BATCH, HEADS, TOKENS), kv_heads=HEADS, device="meta"):
+    """A call of the forward that only Hopper runs, which returns out and lse."""
+    from kernels.attention.hopper import hopper_forward
+
+    batch, heads, tokens = shape
+    q, k, v = (
+        _normal(batch, tokens, n, head_dim, dtype=dtype, device=device).transpose(1, 2)
+        for n in (heads, kv_heads, kv_heads)
+    )
+    return lambda: hopper_forward(q, k, v, 0.125)
 
 
 def decode_cases():

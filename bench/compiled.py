@@ -51,13 +51,14 @@ LIMITS = {
     "gfx942": Limits(512, 32, 32, 64 << 10, 64 << 10, reserved=0),
 }
 TENSOR_OPS = ("HMMA", "HGMMA", "UTCHMMA", "MFMA")  # mma.sync, wgmma, tcgen05, AMD's
-INSTRUCTIONS = (*TENSOR_OPS, "UTMALDG", "UTMASTG", "MUFU", "LDG.128")  # counted in every kernel
+INSTRUCTIONS = (*TENSOR_OPS, "UTMALDG", "UTMASTG", "MUFU", "LDG.128", "USETMAXREG")  # counted in every kernel
 # What a case may expect of its kernels' code (see compile_cases), in each architecture's words if it has one.
 SPELLINGS = {
     "tensor": {"sm_80": "HMMA", "sm_86": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"},
     "mma": {"sm_80": "HMMA", "sm_86": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "MFMA"},
     "tma_load": {"sm_90": "UTMALDG", "sm_100": "UTMALDG"},
     "tma_store": {"sm_90": "UTMASTG", "sm_100": "UTMASTG"},
+    "setmaxnreg": {"sm_90": "USETMAXREG"},
     "wide_load": dict.fromkeys(("sm_80", "sm_86", "sm_90", "sm_100"), "LDG.128"),
 }
 
@@ -71,6 +72,8 @@ class Case:
     expects: dict = field(default_factory=dict, hash=False)  # {kernel: what its code must contain, see SPELLINGS}
     products: dict = field(default_factory=dict, hash=False)  # {kernel: matrix products of its tile per iteration}
     core: bool = True  # part of the smaller set that the long tests and the version matrix compile
+    loop_warps: dict = field(default_factory=dict, hash=False)  # {kernel: warps that run its loop, if not all do}
+    archs: tuple = ()  # the only ones that it is for, if not for all
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Job:
     options: dict = field(hash=False)  # num_warps, num_stages and, where one is set, maxnreg
     expects: tuple = ()
     products: int = 0
+    loop_warps: int = 0  # 0: all
 
     @property
     def sizes(self):
@@ -141,11 +145,14 @@ def target(arch):
 
 
 def list_jobs(cases, arch):
-    """[Job] of every launch that `cases` make on `arch`, each specialization once, under its first case's name."""
+    """[Job] of every launch that `cases` make on `arch`, if it is one of theirs; each specialization once, under its
+    first case's name."""
     from kernels._runtime import record_launches
 
     jobs = {}
     for case in cases:
+        if case.archs and arch not in case.archs:
+            continue
 
         def recorder(kernel, grid, args, constexprs, options, case=case):
             job = specialize(case, arch, kernel, args, constexprs, options)
@@ -170,8 +177,8 @@ def specialize(case, arch, kernel, args, constexprs, options):
     _, signature, constants, attributes = kernel._pack_args(backend, bound, bound_args, specialization, bound)
     expects = tuple(SPELLINGS[word][arch] for word in case.expects.get(kernel.__name__, ()) if arch in SPELLINGS[word])
     names = case.name, kernel.module, kernel.__name__
-    products = case.products.get(kernel.__name__, 0)
-    return Job(arch, *names, signature, constants, attributes, dict(options), expects, products)
+    numbers = case.products.get(kernel.__name__, 0), case.loop_warps.get(kernel.__name__, 0)
+    return Job(arch, *names, signature, constants, attributes, dict(options), expects, *numbers)
 
 
 # ---- in a worker: compile and look -----------------------------------------------------------------------------------
@@ -193,9 +200,13 @@ def compile_job(job):
 
 def _compile(job):
     import triton
-    from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(job.module), job.kernel)
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
+    else:
+        from triton.compiler import ASTSource
+
     source = ASTSource(kernel, job.signature, job.constexprs, job.attributes)
     return triton.compile(source, target=target(job.arch), options=job.options)
 
@@ -212,7 +223,9 @@ def _facts(job, compiled):
     if job.arch.startswith("gfx"):
         facts |= amd_facts(compiled.asm["amdgcn"])
     else:
-        facts |= nvidia_facts(compiled.asm["cubin"], compiled.asm["ptx"], job.arch, warps, job.tile_flops)
+        facts |= nvidia_facts(
+            compiled.asm["cubin"], compiled.asm["ptx"], job.arch, job.loop_warps or warps, job.tile_flops
+        )
     facts["programs_per_sm"] = programs_per_sm(
         job.arch, facts["registers"], warps, facts["shared"], getattr(compiled.metadata, "tmem_size", 0)
     )
@@ -220,8 +233,8 @@ def _facts(job, compiled):
 
 
 def nvidia_facts(cubin, ptx, arch, num_warps, tile_flops=0):
-    """Registers, stack and instruction counts of a cubin; for sm_80 and sm_90 the bound of its hottest loop too. Of the
-    tensor cores' work only `tile_flops`, if given, count as useful."""
+    """Registers, stack and instruction counts of a cubin; for sm_80 and sm_90 the bound of its hottest loop, which
+    `num_warps` run, too. Of the tensor cores' work only `tile_flops`, if given, count as useful."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:

@@ -39,7 +39,8 @@ put it; what other kernels load and store, of the device memory. HGMMA operands 
 bytes. The machine code does not say how many bytes a TMA load brings, but the PTX it was assembled from does, at the
 barrier that waits for it. Work that a tile's shape makes warps do twice (mma.sync with fewer than 16 rows a warp, wgmma
 with fewer than 64 a group) is found by comparing the matrix FLOP of the loop with those that the tile needs: the share
-counts only the latter. All warps of a program are taken to run the loop: there is no warp specialization here.
+counts only the latter. The warps asked for are taken to run the loop: of a program whose warps part ways these are the
+consumers; what its producer loads is in a loop of its own and in no bound, and turns that consumers take are not seen.
 """
 
 import re

@@ -158,6 +158,18 @@ ODD_STRIDES = {
 # fmt: on
 
 
+class HopperTile(NamedTuple):
+    """What the warp-specialized forward of attention/hopper.py loads: blocks of keys, and how many ahead. With `turns`
+    its consumers start their products one after the other."""
+
+    block_k: int
+    stages: int
+    turns: bool = True
+
+
+HOPPER = {64: HopperTile(128, 4), 128: HopperTile(128, 2)}  # by padded head dimension
+
+
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 

@@ -60,8 +60,8 @@ def make(call, heads, tokens, device):
     raise AssertionError(call.layout)
 
 
-def check(call, device):
-    """Output, log-sum-exp and the gradients of both against the reference."""
+def check(call, device, attend=None):
+    """Output, log-sum-exp and the gradients of both, by `attend` or our own kernel, against the reference."""
     q, k, v = (
         make(call, h, t, device).requires_grad_()
         for h, t in ((call.H, call.Tq), (call.Hkv, call.Tk), (call.Hkv, call.Tk))
@@ -72,7 +72,7 @@ def check(call, device):
     options = {"window": call.window, "cu_seqlens": cu_seqlens, "scale": call.scale, "return_lse": True}
 
     torch.manual_seed(1)
-    out, lse = kernels.causal_attention(q, k, v, dropout_p=call.dropout_p, **options)
+    out, lse = (attend or kernels.causal_attention)(q, k, v, dropout_p=call.dropout_p, **options)
     results = (out, lse, *torch.autograd.grad((out, lse), (q, k, v), (dout, dlse)))
 
     if call.dropout_p > 0:

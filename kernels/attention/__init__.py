@@ -73,7 +73,7 @@ def _fake_backward(dout, dlse, q, k, v, out, lse, scale, dropout_p, rng, window,
     return like(q), like(k), like(v)
 
 
-_attention_backward = _runtime.register_op(
+backward_op = _runtime.register_op(
     "attention_backward",
     "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, float dropout_p, "
     "Tensor? rng, int window, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)",
@@ -95,7 +95,7 @@ def _autograd_backward(ctx, dout, dlse):
     if dout is None and dlse is None:
         return (None,) * 8
     dout = torch.zeros_like(out) if dout is None else dout
-    grads = _attention_backward(
+    grads = backward_op(
         dout, dlse, q, k, v, out, lse, ctx.scale, ctx.dropout_p, rng, ctx.window, cu_seqlens
     )  # fmt: skip
     return *grads, None, None, None, None, None
@@ -148,7 +148,7 @@ def causal_attention(
 
     Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", 2023.
     """
-    _check(q, k, v, scale, dropout_p, window, cu_seqlens)
+    check(q, k, v, scale, dropout_p, window, cu_seqlens)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if (dtype := _runtime.autocast_dtype(q)) is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -157,7 +157,8 @@ def causal_attention(
     return (out, lse) if return_lse else out
 
 
-def _check(q, k, v, scale, dropout_p, window, cu_seqlens):
+def check(q, k, v, scale, dropout_p, window, cu_seqlens):
+    """ValueError for a call of causal_attention outside of its docstring."""
     op = "causal_attention"
     _runtime.check_tensors(op, q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):

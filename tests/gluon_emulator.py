@@ -1,0 +1,482 @@
+"""Executes a warp-specialized Gluon kernel for Hopper on a CPU, and is as unkind to it as the hardware may be.
+
+    emulator = Emulator(Schedule("last", "late"))
+    with _runtime.record_launches("sm_90", emulator):
+        out, lse = hopper_forward(q, k, v, scale)
+
+runs the functions that the compiler would compile, with `gl`, `mbarrier`, `tma` and wgmma replaced by what stands
+below. Each partition is a thread, but only one runs at a time: it hands over at every operation that others can notice,
+and the schedule decides who is next. What the hardware does on its own happens when the schedule says:
+
+    early     at once: a copy lands before the next operation, a product is done when it is issued
+    late      at the last moment: copies land, newest first, when nobody can go on without; products at their wait
+    random    in between, drawn from a seed
+
+Registers are torch tensors, 16-bit types rounded by torch. Shared memory is NaN until written, and from the start of a
+copy until it lands. These end a run with a ProtocolError:
+
+    a result that no wait has been passed yet is used, or goes through a wait that need not cover it
+    memory is written while a product or a store may read it, or read while a copy may write it
+    a tile leaves by TMA without a fence after it was written
+    more arrivals at a barrier than it counts, or a barrier used before it was initialized
+    nobody can go on (who waits for which phase is listed)
+    the program ends with something on its way
+
+Not modelled: layouts (the compiler checks those), the threads inside a partition, which the compiler's barriers keep
+together, ordinary loads from shared memory, and registers that an operand in flight still needs (ptxas knows them).
+"""
+
+import inspect
+import itertools
+import random
+import textwrap
+import threading
+import types
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+
+class ProtocolError(AssertionError):
+    """The kernel did what on a GPU may hang it, or give other numbers from run to run."""
+
+
+class Schedule(NamedTuple):
+    """Who runs next among those who can ("first", "last" of the partitions or "random"), and when the hardware works
+    ("early", "late" or "random")."""
+
+    order: str
+    hardware: str
+    seed: int = 0
+
+
+SCHEDULES = [
+    *(Schedule(order, hardware) for order in ("first", "last") for hardware in ("early", "late")),
+    *(Schedule("random", "random", seed) for seed in range(4)),
+]
+
+
+# ---- what kernels hold in their hands --------------------------------------------------------------------------------
+
+
+class Buffer:
+    """A tile of shared memory, with those who may be at it right now."""
+
+    def __init__(self, data):
+        self.data = data.fill_(torch.nan)
+        self.readers = self.writers = 0
+        self.unfenced = None  # who wrote to it last, until they fence
+
+    def start_reading(self, what):
+        if self.writers:
+            raise ProtocolError(f"{what} reads a tile to which a copy is on its way")
+        self.readers += 1
+
+    def start_writing(self, what):
+        if self.readers or self.writers:
+            raise ProtocolError(f"{what} writes a tile that is being {'read' if self.readers else 'written'}")
+        self.writers += 1
+        self.data.fill_(torch.nan)
+
+
+class View:
+    """What Gluon calls a shared memory descriptor: a buffer, or a matrix made of its elements."""
+
+    def __init__(self, machine, buffer, data):
+        self.machine, self.buffer, self.data = machine, buffer, data
+        self.shape, self.dtype = list(data.shape), data.dtype
+
+    def reshape(self, shape):
+        return View(self.machine, self.buffer, self.data.view(*shape))
+
+    def permute(self, order):
+        return View(self.machine, self.buffer, self.data.permute(*order))
+
+    def store(self, value):
+        self.machine.pause()
+        self.buffer.start_writing("a store")
+        self.data.copy_(value)
+        self.buffer.writers -= 1
+        self.buffer.unfenced = self.machine.partition
+
+
+class Barrier:
+    """An mbarrier: a phase is complete when its arrivals and its bytes have come."""
+
+    def __init__(self, name):
+        self.name, self.count = name, None
+
+    def init(self, count):
+        self.count = self.pending = count
+        self.bytes = self.phases = 0
+
+    def check(self):
+        if self.count is None:
+            raise ProtocolError("a barrier is used before it is initialized")
+
+    def arrive(self, count=1, expected_bytes=0):
+        self.check()
+        self.pending -= count
+        self.bytes += expected_bytes
+        if self.pending < 0:
+            raise ProtocolError(f"more than the {self.count} arrivals that a barrier counts in a phase")
+        self._complete()
+
+    def land(self, number):
+        self.bytes -= number
+        self._complete()
+
+    def passed(self, parity):
+        """try_wait.parity: the phase of that parity which is current, or was the last one, is complete."""
+        self.check()
+        return self.phases & 1 != parity
+
+    def _complete(self):
+        if self.pending == 0 and self.bytes == 0:
+            self.phases += 1
+            self.pending = self.count
+
+
+class Ring(NamedTuple):
+    """Shared memory for several tiles, or for as many barriers."""
+
+    shape: list
+    dtype: torch.dtype
+    items: list
+
+    def index(self, i):
+        return self.items[i]
+
+
+class Descriptor:
+    """A tensor map: copies of blocks, zeros from outside of the tensor and nothing to there."""
+
+    def __init__(self, host):
+        self.tensor = host.base.as_strided(host.shape, host.strides, host.base.storage_offset())
+        self.dtype, self.layout, shape = host.base.dtype, None, list(host.block_shape)
+        self.block_type = types.SimpleNamespace(shape=shape, nbytes=torch.Size(shape).numel() * self.dtype.itemsize)
+
+    def block(self, coordinates):
+        """(part of the tensor that a block covers, where in the block it lies)"""
+        sizes = [
+            max(0, min(n, size - at))
+            for n, size, at in zip(self.block_type.shape, self.tensor.shape, coordinates, strict=True)
+        ]
+        tensor = self.tensor[tuple(slice(at, at + n) for at, n in zip(coordinates, sizes, strict=True))]
+        return tensor, tuple(slice(n) for n in sizes)
+
+    def load(self, coordinates):
+        tile = torch.zeros(self.block_type.shape, dtype=self.dtype)
+        source, inside = self.block(coordinates)
+        tile[inside] = source
+        return tile
+
+    def save(self, coordinates, tile):
+        target, inside = self.block(coordinates)
+        target.copy_(tile[inside])
+
+
+class Pointer(NamedTuple):
+    memory: torch.Tensor  # flat
+    offset: object = 0
+
+    def __add__(self, more):
+        return Pointer(self.memory, self.offset + more)
+
+
+class Product:
+    """A wgmma that has been issued, in the place of its result: only a wait may touch it."""
+
+    def __init__(self, a, b, acc):
+        self.a, self.b, self.acc, self.result = a, b, acc, None
+        self.shared = [x.buffer for x in (a, b) if isinstance(x, View)]
+        for buffer in self.shared:
+            buffer.start_reading("a product")
+
+    def compute(self):
+        if self.result is None:
+            a, b = ((x.data if isinstance(x, View) else x).float() for x in (self.a, self.b))
+            self.result = a @ b if self.acc is None else self.acc + a @ b
+
+    def __getattr__(self, name):
+        raise ProtocolError("the result of a product is used without a wait")
+
+    __add__ = __sub__ = __mul__ = __rmul__ = __getitem__ = lambda self, other: self.elements
+
+
+class Partition(threading.Thread):
+    """A partition: a thread that runs when the machine says so."""
+
+    def __init__(self, machine, name, function):
+        super().__init__(daemon=True)
+        self.machine, self.label, self.function = machine, name, function
+        self.turn = threading.Semaphore(0)
+        self.can_go_on, self.waits_for = None, ""
+        self.products, self.stores, self.error, self.done = [], [], None, False
+
+    def run(self):
+        self.turn.acquire()
+        try:
+            if not self.machine.stopped:
+                self.function()
+                if self.products or self.stores:
+                    raise ProtocolError(f"{self.label} ends with a product or a store on its way")
+        except Stopped:
+            pass
+        except BaseException as error:
+            self.error = error
+        self.done = True
+        self.machine.turn.release()
+
+
+class Stopped(Exception):
+    """Another partition has failed: unwind."""
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+
+class Emulator:
+    """Runs launches, program after program. `edits`: {a piece of the kernel's source: what to run instead of it}."""
+
+    def __init__(self, schedule=SCHEDULES[0], edits=None):
+        self.schedule, self.edits, self.unused_edits = schedule, edits or {}, set(edits or {})
+        self.random = random.Random(schedule.seed)
+        self.turn = threading.Semaphore(0)
+        self.functions, self.names = {}, self.vocabulary()
+
+    def __call__(self, kernel, grid, args, constexprs, options):
+        function = self.function(kernel.fn)
+        args = [self.argument(x) for x in args]
+        for self.program in itertools.product(*map(range, grid)):
+            self.partitions, self.copies, self.buffers, self.stopped = [], [], [], False
+            self.barriers = itertools.count()
+            self.start("kernel", lambda: function(*args, **constexprs))
+            self.run()
+        assert not self.unused_edits, f"the kernel has no {self.unused_edits}"
+
+    @staticmethod
+    def argument(x):
+        if isinstance(x, torch.Tensor):
+            return Pointer(x.view(-1))
+        return Descriptor(x) if hasattr(x, "block_shape") else x
+
+    # -- who runs
+
+    def start(self, name, function):
+        partition = Partition(self, name, function)
+        self.partitions.append(partition)
+        partition.start()
+        return partition
+
+    def run(self):
+        """Until all partitions are done; whatever one of them raises is raised here."""
+        try:
+            while alive := [x for x in self.partitions if not x.done]:
+                self.let_hardware_work()
+                ready = [x for x in alive if x.can_go_on is None or x.can_go_on()]
+                if ready:
+                    self.resume({"first": ready[0], "last": ready[-1]}.get(self.schedule.order) or self.pick(ready))
+                elif self.copies:
+                    self.land(self.copies.pop())
+                else:
+                    raise ProtocolError("; ".join(f"{x.label} waits for {x.waits_for}" for x in alive[1:] or alive))
+            if self.copies:
+                raise ProtocolError("the program ends with a copy on its way")
+        finally:
+            self.stopped = True
+            for partition in self.partitions:
+                partition.turn.release()
+
+    def resume(self, partition):
+        self.partition = partition
+        partition.turn.release()
+        self.turn.acquire()
+        if partition.error is not None:
+            raise partition.error
+
+    def pause(self, can_go_on=None, waits_for=""):
+        """Called by the partition that runs: hand over, until it may go on and is chosen."""
+        partition = self.partition
+        partition.can_go_on, partition.waits_for = can_go_on, waits_for
+        self.turn.release()
+        partition.turn.acquire()
+        if self.stopped:
+            raise Stopped
+
+    def pick(self, choices):
+        return choices[self.random.randrange(len(choices))]
+
+    def let_hardware_work(self):
+        if self.schedule.hardware == "random" and self.random.random() < 0.3:
+            products = [next((p for p in x.products if p.result is None), None) for x in self.partitions]
+            pending = [*self.copies, *filter(None, products)]
+            work = self.pick(pending) if pending else None
+            if isinstance(work, Product):
+                work.compute()
+            elif work is not None:
+                self.copies.remove(work)
+                self.land(work)
+
+    # -- copies and products
+
+    def land(self, copy):
+        desc, coordinates, barrier, view = copy
+        view.data.copy_(desc.load(coordinates))
+        view.buffer.writers -= 1
+        barrier.land(desc.block_type.nbytes)
+
+    def tma_load(self, desc, coordinates, barrier, view):
+        self.pause()
+        view.buffer.start_writing("a copy")
+        self.copies.append((desc, coordinates, barrier, view))
+        if self.schedule.hardware == "early":
+            self.land(self.copies.pop())
+
+    def tma_store(self, desc, coordinates, view):
+        self.pause()
+        if view.buffer.unfenced is not None:
+            raise ProtocolError("a tile leaves by TMA without a fence after it was written")
+        view.buffer.start_reading("a TMA store")
+        self.partition.stores.append((desc, coordinates, view))
+
+    def store_wait(self, pendings):
+        self.pause()
+        while len(self.partition.stores) > pendings:
+            desc, coordinates, view = self.partition.stores.pop(0)
+            desc.save(coordinates, view.data)
+            view.buffer.readers -= 1
+
+    def warpgroup_mma(self, a, b, acc, use_acc=True, is_async=False):
+        self.pause()
+        product = Product(a, b, values(acc) if use_acc else None)
+        self.partition.products.append(product)
+        if self.schedule.hardware == "early":
+            product.compute()
+        return product if is_async else self.warpgroup_mma_wait(0, (product,))
+
+    def warpgroup_mma_wait(self, num_outstanding, deps):
+        self.pause()
+        while len(self.partition.products) > num_outstanding:
+            product = self.partition.products.pop(0)
+            product.compute()
+            for buffer in product.shared:
+                buffer.readers -= 1
+        if any(dep is product for dep in deps for product in self.partition.products):
+            raise ProtocolError("a product goes through a wait that lets it be unfinished")
+        found = tuple(dep.result if isinstance(dep, Product) else dep for dep in deps)
+        return found[0] if len(found) == 1 else found
+
+    def fence_async_shared(self):
+        self.pause()
+        for buffer in self.buffers:
+            if buffer.unfenced is self.partition:
+                buffer.unfenced = None
+
+    # -- barriers and partitions
+
+    def expect(self, barrier, number):
+        self.pause()
+        barrier.arrive(expected_bytes=number)
+
+    def arrive(self, barrier, count=1):
+        self.pause()
+        barrier.arrive(count)
+
+    def wait(self, barrier, parity, pred=True):
+        if pred:
+            self.pause(lambda: barrier.passed(parity), f"parity {parity} of {barrier.name}")
+
+    def warp_specialize(self, functions, warps, registers):
+        partitions = [
+            self.start(f"partition {i}", lambda function=function, args=args: function(*args))
+            for i, (function, args) in enumerate(functions)
+        ]
+        self.pause(lambda: all(partition.done for partition in partitions), "the partitions")
+
+    def allocate_shared_memory(self, dtype, shape, layout):
+        if dtype == torch.int64:
+            names = (f"barrier {next(self.barriers)}" for _ in range(shape[0]))
+            return Ring(shape, dtype, [Barrier(name) for name in names])
+        buffers = [Buffer(torch.empty(shape[1:], dtype=dtype)) for _ in range(shape[0])]
+        self.buffers += buffers
+        return Ring(shape, dtype, [View(self, buffer, buffer.data) for buffer in buffers])
+
+    # -- from source to functions
+
+    def function(self, fn):
+        """`fn` from its source, with the edits made and its module's names translated."""
+        if fn not in self.functions:
+            source = textwrap.dedent(inspect.getsource(fn))
+            source = source[source.index("def ") :]
+            for old, new in self.edits.items():
+                if old in source:
+                    self.unused_edits.discard(old)
+                    source = source.replace(old, new)
+            space = {}
+            exec("from __future__ import annotations\n" + source, space)
+            self.functions[fn] = space[fn.__name__]
+            used = {name for name in space[fn.__name__].__code__.co_names if name in fn.__globals__}
+            space.update({name: self.translate(fn.__globals__[name]) for name in used})
+        return self.functions[fn]
+
+    def translate(self, value):
+        """What stands here for `value`, found in a kernel's module."""
+        if isinstance(value, JITFunction | InterpretedFunction):
+            return self.function(value.fn)
+        if isinstance(value, tl.constexpr):
+            return value.value
+        name = getattr(value, "__name__", "")
+        return self.names.get(name.removeprefix("triton.experimental.").removeprefix("gluon."), value)
+
+    def vocabulary(self):
+        """{name of a module or function of Gluon's: what stands for it}"""
+        nothing = lambda *args, **options: None  # noqa: E731
+        language = types.SimpleNamespace(
+            float32=torch.float32, int64=torch.int64, static_range=range, cast=lambda x, dtype: int(x),
+            program_id=lambda axis: self.program[axis], minimum=min, cdiv=lambda a, b: -(-a // b),
+            arange=lambda start, end, layout: torch.arange(start, end),
+            full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
+            zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+            maximum=maximum, where=lambda c, x, y: torch.where(c, values(x), values(y)), max=largest,
+            sum=lambda x, axis: values(x).sum(axis), exp2=torch.exp2, log2=torch.log2, store=store,
+            convert_layout=lambda x, layout: x, NVMMADistributedLayout=nothing, SliceLayout=nothing,
+            DotOperandLayout=nothing,
+            allocate_shared_memory=self.allocate_shared_memory, warp_specialize=self.warp_specialize,
+        )  # fmt: skip
+        barriers = types.SimpleNamespace(
+            MBarrierLayout=nothing, init=Barrier.init, expect=self.expect, arrive=self.arrive, wait=self.wait
+        )
+        hopper = "language.nvidia.hopper"
+        return {
+            "language": language, "triton.language": language, f"{hopper}.mbarrier": barriers,
+            f"{hopper}.tma": types.SimpleNamespace(store_wait=self.store_wait),
+            **dict.fromkeys(("async_load", "async_copy_global_to_shared"), self.tma_load),
+            **dict.fromkeys(("async_store", "async_copy_shared_to_global"), self.tma_store),
+            "warpgroup_mma": self.warpgroup_mma, "warpgroup_mma_wait": self.warpgroup_mma_wait,
+            "fence_async_shared": self.fence_async_shared,
+        }  # fmt: skip
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def values(x):
+    """A register tensor's elements: a product has none before its wait."""
+    return x.elements if isinstance(x, Product) else x
+
+
+def maximum(x, y):
+    return torch.fmax(x, y) if isinstance(x, torch.Tensor) else max(x, y)
+
+
+def largest(x, axis):
+    x = values(x)
+    return x.masked_fill(x.isnan(), -torch.inf).amax(axis)  # as the GPU's max: of what is a number
+
+
+def store(pointer, x, mask):
+    pointer.memory[pointer.offset[mask]] = x[mask].to(pointer.memory.dtype)

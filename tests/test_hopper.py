@@ -1,0 +1,196 @@
+"""The Hopper forward in the emulator: its numbers, its protocol under every schedule, and that faults do not pass.
+
+Its machine code is checked by tests/test_compiled_kernels.py. On an H100, `pytest tests --attn
+kernels.attention.hopper:causal_attention` runs it for real.
+"""
+
+import re
+
+import pytest
+import torch
+
+from gptlib import reference
+from kernels import _runtime, _tuning
+from kernels._tuning import HopperTile
+from kernels.attention import hopper
+from tests.attention_cases import Call, check, make
+from tests.gluon_emulator import SCHEDULES, Emulator
+from tests.oracle import assert_matches
+
+fp16, bf16 = torch.float16, torch.bfloat16
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the emulator runs the kernel on CPU tensors"),
+]
+
+
+def emulated(schedule=SCHEDULES[0], edits=None):
+    """hopper.causal_attention with its forward emulated; its backward runs in Triton's interpreter."""
+
+    def attend(q, k, v, **options):
+        with _runtime.record_launches("sm_90", Emulator(schedule, edits)):
+            return hopper.causal_attention(q, k, v, **options)
+
+    return attend
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+CALLS = [
+    Call(B=2, H=1, Hkv=1, Tq=1, Tk=1, D=64, dtype=bf16),
+    Call(H=2, Hkv=2, Tq=113, Tk=113, D=64, dtype=fp16),
+    Call(B=2, H=4, Hkv=2, Tq=200, Tk=200, D=128, dtype=bf16, layout="qkv"),
+    Call(H=3, Hkv=1, Tq=384, Tk=384, D=64, dtype=bf16),
+    Call(H=2, Hkv=2, Tq=129, Tk=700, D=128, dtype=fp16, layout="bhtd"),
+    Call(H=1, Hkv=1, Tq=1, Tk=300, D=64, dtype=bf16),
+    Call(H=1, Hkv=1, Tq=70, Tk=197, D=80, dtype=bf16, scale=0.3),
+    Call(H=2, Hkv=1, Tq=65, Tk=128, D=40, dtype=fp16, layout="odd"),  # TMA cannot read it: copied
+    Call(H=1, Hkv=1, Tq=130, Tk=130, D=8, dtype=bf16, layout="inner", magnitude=30.0),
+]
+FAST = HopperTile(32, 2)  # a small block of keys has many of them in a short call
+
+
+def draw(call):
+    torch.manual_seed(0)
+    return [make(call, h, t, "cpu") for h, t in ((call.H, call.Tq), (call.Hkv, call.Tk), (call.Hkv, call.Tk))]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_output_and_lse(call):
+    inputs, options = draw(call), {"scale": call.scale, "return_lse": True}
+    schedule = SCHEDULES[CALLS.index(call) % len(SCHEDULES)]
+    found = emulated(schedule)(*inputs, **options)
+    ref = reference.causal_attention(*(x.double() for x in inputs), **options)
+    eager = reference.causal_attention(*inputs, **options)
+    assert_matches("out", found[0], ref[0], eager[0])
+    assert_matches("lse", found[1], ref[1], eager[1], scale=2 * ref[1].abs().max())  # to base 2 and back
+
+
+def test_gradients():
+    check(Call(H=2, Hkv=1, Tq=113, Tk=140, D=64, dtype=bf16), "cpu", emulated())
+
+
+@pytest.mark.parametrize("tile", [FAST, HopperTile(64, 1), HopperTile(64, 3, turns=False)], ids=str)
+def test_every_schedule_gives_the_same_bits(tile, monkeypatch):
+    monkeypatch.setitem(_tuning.HOPPER, 64, tile)
+    inputs = draw(Call(H=2, Hkv=1, Tq=150, Tk=333, D=64, dtype=bf16))
+    expected = emulated()(*inputs, return_lse=True)
+    for schedule in SCHEDULES[1:]:
+        found = emulated(schedule)(*inputs, return_lse=True)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), schedule
+
+
+def test_infinite_scores_give_zero_and_not_nan():
+    q, k, v = (x.contiguous() for x in draw(Call(H=1, Hkv=1, Tq=150, Tk=150, D=64, dtype=bf16)))
+    k.fill_(1.0)
+    q[0, 0, 7] = -torch.inf
+    out, lse = emulated()(q, k, v, return_lse=True)
+    assert (out[0, 0, 7] == 0).all() and lse[0, 0, 7] == -torch.inf
+    q[0, 0, 7] = 0.0
+    others = torch.arange(150) != 7
+    assert torch.equal(out[0, 0, others], emulated()(q, k, v)[0, 0, others])
+
+
+def test_the_future_is_not_seen():
+    q, k, v = draw(Call(H=1, Hkv=1, Tq=150, Tk=150, D=64, dtype=bf16))
+    out = emulated()(q, k, v)
+    k[:, :, 41:] += 3.0
+    v[:, :, 41:] -= 5.0
+    changed = emulated()(q, k, v)
+    assert torch.equal(out[:, :, :41], changed[:, :, :41]) and not torch.equal(out[:, :, 41:], changed[:, :, 41:])
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+# what to run instead, and what the emulator or the error rule says: (piece of the source, replacement, complaint)
+FAULTS = {
+    "k not waited for": ("    wait_for(k_ring, n + 1, n + 1 < num_k)", "    pass", "copy is on its way"),
+    "v not waited for": ("    wait_for(v_ring, n)", "    pass", "copy is on its way"),
+    "q not waited for": ("    wait_for(q_ring, ME)", "    pass", "copy is on its way"),
+    "no wait for a free slot": ("mbarrier.wait(empty.index(slot), parity ^ 1)", "pass", "arrivals"),
+    "the wrong phase of a free slot": ("mbarrier.wait(empty.index(slot), parity ^ 1)",
+                                       "mbarrier.wait(empty.index(slot), parity)", "waits for parity"),
+    "the wrong phase of a full slot": ("mbarrier.wait(full.index(slot), parity,",
+                                       "mbarrier.wait(full.index(slot), parity ^ 1,", "copy is on its way"),
+    "a slot freed by one consumer": ("count=READERS", "count=1", "is being read"),
+    "k never freed": ("    s = warpgroup_mma_wait(1, deps=(s,))\n    release(k_ring, n)\n",
+                      "    s = warpgroup_mma_wait(1, deps=(s,))\n", "waits for parity"),
+    "k freed before its product is done": ("    s = warpgroup_mma_wait(1, deps=(s,))\n    release(k_ring, n)\n",
+                                           "    release(k_ring, n)\n    s = warpgroup_mma_wait(1, deps=(s,))\n",
+                                           "is being read"),
+    "v freed before its product is done": ("    acc, p = warpgroup_mma_wait(0, deps=(acc, p))\n    release(v_ring",
+                                           "    release(v_ring, n - 1)\n    acc, p = warpgroup_mma_wait(0, "
+                                           "deps=(acc, p))\n    place(n, v_ring) #", "is being read"),
+    "scores used in flight": ("    s = warpgroup_mma_wait(1, deps=(s,))\n", "", "without a wait"),
+    "a wait that covers too little": ("warpgroup_mma_wait(1, deps=(s,))", "warpgroup_mma_wait(2, deps=(s,))",
+                                      "lets it be unfinished"),
+    "turns without phases": ("(n - 1 & 1) ^ (1 - ME)", "1 - ME", "waits for parity"),
+    "turns not passed on": ("mbarrier.arrive(turn.index(1 - ME), count=1)", "pass", "waits for parity"),
+    "bytes miscounted": ("desc.block_type.nbytes)", "desc.block_type.nbytes // 2)", "waits for parity"),
+    "out not fenced": ("    fence_async_shared()\n    tma_store", "    tma_store", "without a fence"),
+    "out not waited for": ("    tma.store_wait(0)", "    pass", "store on its way"),
+    "no mask": ("    if MASKED:", "    if False:", "max error"),
+    "a masked block taken for a whole one": ("whole = gl.minimum(gl.maximum(", "whole = num_k  # (", "max error"),
+    "acc not rescaled": ("m, l, acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]", "m, l, acc",
+                         "max error"),
+    "values of the next block": ("start_values(p, acc, v_ring, n - 1,", "start_values(p, acc, v_ring, n,",
+                                 "max error"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_caught(fault, monkeypatch):
+    """By one schedule at least: what is in time when all goes early may be late."""
+    monkeypatch.setitem(_tuning.HOPPER, 64, FAST)
+    old, new, complaint = FAULTS[fault]
+    inputs = draw(Call(H=1, Hkv=1, Tq=130, Tk=170, D=64, dtype=bf16))
+    ref, eager = reference.causal_attention(*(x.double() for x in inputs)), reference.causal_attention(*inputs)
+    heard = []
+    for schedule in SCHEDULES:
+        try:
+            assert_matches("out", emulated(schedule, {old: new})(*inputs), ref, eager)
+        except AssertionError as error:
+            heard.append(str(error))
+            if re.search(complaint, heard[-1]):
+                return
+    raise AssertionError(heard or "it passes")
+
+
+# ---- the call --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"dtype": torch.float32}, "dtype torch.float32"),
+        ({"D": 136}, "head dimension 136"),
+        ({"D": 44}, "head dimension 44"),
+        ({"dropout_p": 0.1}, "dropout_p = 0.1"),
+        ({"window": 10}, "window = 10"),
+        ({"docs": (0, 30, 64)}, "cu_seqlens"),
+        ({"Tq": 80}, "1 <= Tq <= Tk"),
+    ],
+    ids=str,
+)
+def test_what_it_cannot_do_is_refused(change, complaint):
+    call = Call(dtype=bf16).with_(**change) if isinstance(change, dict) else change
+    docs = None if call.docs is None else torch.tensor(call.docs, dtype=torch.int32)
+    with pytest.raises(ValueError, match=complaint) as error:
+        emulated()(*draw(call), dropout_p=call.dropout_p, window=call.window, cu_seqlens=docs)
+    assert "\n" not in str(error.value)
+    assert complaint.startswith("1 <=") or str(error.value).endswith("use kernels.causal_attention")
+
+
+def test_a_window_that_hides_nothing_is_none():
+    inputs = draw(Call(Tq=40, Tk=64, dtype=bf16))
+    assert torch.equal(emulated()(*inputs, window=64), emulated()(*inputs))
+
+
+def test_other_machines_are_refused():
+    with pytest.raises(ValueError, match=r"H100 or H200.*not Triton's interpreter; use kernels\.causal_attention"):
+        hopper.causal_attention(*draw(Call(dtype=bf16)))
+
+
+def test_an_empty_batch_has_an_empty_result():
+    out, lse = emulated()(*(torch.empty(0, 2, 5, 64, dtype=bf16) for _ in range(3)), return_lse=True)
+    assert out.shape == (0, 2, 5, 64) and lse.shape == (0, 2, 5)
