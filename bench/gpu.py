@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = "results.tar.gz"
 LEAST_S = 5  # a step with less time than this is not started
 GRACE_S = 10  # for a step that is asked to stop: pytest then still prints what failed so far
+HOPPER = "kernels.attention.hopper:causal_attention"
 TEST_PROCESSES = 14  # most of the time they compile
 PROBE = "import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
 
@@ -87,6 +88,7 @@ def plan(device_name, out, commit=None):
     loss = "--tokens 16384 --classes 50257,32768,131072 --budget 0.1"
     classes = f"{timed} --length 50257,4096,32768,131072"
     curves = "--attn sdpa --steps 3 --data docs --batch-size 2 -- --n-layers 1 --tokenizer bytes"
+    on_hopper = f"{timed} --providers sdpa-cudnn,triton,{HOPPER} --seq 1024,4096,16384,512,2048,8192 --head-dim 64,128"
     few, one = "--seq 64 --providers reference,sdpa --budget 0.01", "--length 64 --providers reference,torch"
     tiny = "--preset tiny --n-layers 1 --seq 32 --steps 3 --attn reference+torch+torch,sdpa+torch+torch"
     return [
@@ -96,14 +98,19 @@ def plan(device_name, out, commit=None):
         Step("attention", 1.5, bench("attention", attention, few)),
         Step("train", 1.0, bench("train", f"{train} {kinds},reference+torch+torch", tiny)),
         Step("attention-gpt2", 0.5, bench("attention", gpt2, f"{few} --batch 1,2 --label gpt2")),
+        *(
+            # Never run before: a fault of its barriers would be a hang, and cost these steps alone.
+            Step("hopper-tests", 0.8, (*tests, "--attn", HOPPER)),
+            Step("attention-hopper", 0.8, bench("attention", f"{on_hopper} --label hopper", "")),
+        )[: 2 * any(name in device_name for name in ("H100", "H200"))],
         Step("softmax", 0.6, bench("softmax", f"{rows},131072", one)),
         Step("layernorm", 0.6, bench("layernorm", rows, one)),
         Step(
-            "loss",
+            "linear_cross_entropy",
             0.4,
             bench("linear_cross_entropy", loss, "--tokens 40 --classes 64 --providers reference,torch --budget 0.01"),
         ),
-        Step("cross-entropy", 0.4, bench("cross_entropy", classes, one)),
+        Step("cross_entropy", 0.4, bench("cross_entropy", classes, one)),
         Step("train-compiled", 1.5, bench("train", f"{train} {kinds} --compile", tiny)),
         Step("tests-deep", 2.0, (*tests, "-m", "device and deep")),
         Step("memcheck", 0.7, (python, "bench/memcheck.py", "--device", device)),

@@ -9,7 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attention, command, gpu, harness, layernorm, memcheck, output, softmax, table, train
+from bench import (
+    attention,
+    command,
+    cross_entropy,
+    curves,
+    gpu,
+    harness,
+    layernorm,
+    linear_cross_entropy,
+    memcheck,
+    output,
+    softmax,
+    table,
+    train,
+)
 from bench.gpu import Outcome, Step
 
 
@@ -143,6 +157,13 @@ def test_what_tells_most_comes_first(tmp_path):
     assert names[-1] == "report" and len(set(names)) == len(names)
 
 
+def test_the_hopper_kernel_is_tried_on_hoppers_after_what_must_not_be_lost(tmp_path):
+    names = [step.name for step in gpu.plan("NVIDIA H200", tmp_path)]
+    assert names.index("attention") < names.index("hopper-tests") < names.index("attention-hopper")
+    for other in ("NVIDIA A100-SXM4-80GB", "CPU"):
+        assert not any("hopper" in step.name for step in gpu.plan(other, tmp_path))
+
+
 def test_the_tests_that_run_are_those_that_use_the_device(tmp_path):
     steps = {step.name: step.command for step in gpu.plan("NVIDIA H100 80GB HBM3", tmp_path)}
     assert steps["tests"][-1] == "device and not deep" and steps["tests-deep"][-1] == "device and deep"
@@ -153,6 +174,7 @@ def test_every_bench_step_has_flags_that_parse_and_files_of_its_own(device_name,
     parsed = {}
     monkeypatch.setattr(harness, "main", lambda bench, args: parsed.update({bench.name: args}))
     mains = {"attention": attention.main, "softmax": softmax.main, "layernorm": layernorm.main}
+    mains |= {"cross_entropy": cross_entropy.main, "linear_cross_entropy": linear_cross_entropy.main}
     files = {}
     for step in gpu.plan(device_name, tmp_path, commit="abc123"):
         script, *flags = step.command[1:]
@@ -166,12 +188,16 @@ def test_every_bench_step_has_flags_that_parse_and_files_of_its_own(device_name,
             compiled = "-compiled" * parsed[bench].compile
             files[step.name] = output.file_name(bench + compiled, parsed[bench].label)
             train.settings_of(parsed[bench], torch.device("cuda" if device_name != "CPU" else "cpu"))
+        elif bench == "curves":
+            parsed[bench] = curves.parse(flags)
+            files[step.name] = bench
         else:
             continue
         assert parsed[bench].out == str(tmp_path / "results" / table.folder_name(device_name))
         assert parsed[bench].commit == "abc123"
-    expected = ["attention", "train", "attention-gpt2", "softmax", "layernorm", "train-compiled"]
-    expected += ["attention-dropout", "train-long", "attention-slow"]
+    hopper = ["attention-hopper"] * ("H100" in device_name)
+    expected = ["attention", "train", "attention-gpt2", *hopper, "softmax", "layernorm", "linear_cross_entropy"]
+    expected += ["cross_entropy", "train-compiled", "attention-dropout", "train-long", "attention-slow", "curves"]
     assert list(files) == expected
     if device_name != "CPU":
         assert list(files.values()) == expected, "no two steps write one file"
