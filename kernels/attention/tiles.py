@@ -193,16 +193,13 @@ def readable(x):
 
 def tma_strides(x):
     """x's strides as a tensor map takes them (those of one-element dimensions are free), or None if it cannot."""
-    dense = max(1, x.shape[-1])
-    strides = [s if n > 1 else max(dense, 16) for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
-    aligned = x.data_ptr() % 16 == 0 if x.device.type != "meta" else True
-    if (
-        not aligned
-        or x.numel() == 0
-        or any(s == 0 or s * x.element_size() % 16 or s * x.element_size() >= 2**40 for s in strides)
-    ):
+    B, H, T, D = x.shape
+    stride_b, stride_h, stride_t, _ = x.stride()
+    free, size = max(16, D), x.element_size()
+    strides = stride_b if B > 1 else free, stride_h if H > 1 else free, stride_t if T > 1 else free
+    if x.numel() == 0 or (not x.is_meta and x.data_ptr() % 16) or any(s * size % 16 for s in strides):
         return None
-    return [*strides, 1]
+    return [*strides, 1] if min(strides) > 0 and max(strides) * size < 2**40 else None
 
 
 def plan(kernel, tensors, blocks, dropout=False):
