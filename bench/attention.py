@@ -25,6 +25,7 @@ import torch
 from bench import command, compile_cases, harness
 from bench.compiled import Case
 
+OPS = ("causal_attention",)
 GPU_TOKENS, GPU_WIDTH, CPU_HEADS = 16384, 2048, 4
 GATE_SEQ = (64, 2048)  # the checked sequence length stays between these
 
@@ -94,12 +95,17 @@ def rate(text):
 
 
 def main(argv=None):
-    p = harness.parser(__doc__.splitlines()[0])
-    p.add_argument("--seq", type=command.positives, metavar="T,...", help="sequence lengths")
-    p.add_argument("--head-dim", type=command.positives, metavar="D,...")
-    p.add_argument("--heads", type=command.positive, metavar="H")
-    p.add_argument("--batch", type=command.positives, metavar="B,...")
-    p.add_argument("--dropout", type=rate, default=0.0, metavar="P", help="on the weights; the check runs without")
+    p = harness.parser(__doc__, OPS)
+    p.add_argument(
+        "--seq",
+        type=command.positives,
+        metavar="T,...",
+        help="sequence lengths; default 256,512,1024, on a GPU 1024,4096,16384",
+    )
+    p.add_argument("--head-dim", type=command.positives, metavar="D,...", help="default 64, on a GPU 64,128")
+    p.add_argument("--heads", type=command.positive, metavar="H", help="default 4, on a GPU 2048 / D")
+    p.add_argument("--batch", type=command.positives, metavar="B,...", help="default 1, on a GPU 16384 / T")
+    p.add_argument("--dropout", type=rate, default=0.0, metavar="P", help="on the weights (0); the check runs without")
     harness.main(Attention(), p.parse_args(argv))
 
 

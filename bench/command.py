@@ -2,21 +2,14 @@
 
 import argparse
 import re
-import sys
+from pathlib import Path
 
 import torch
 
-from gptlib.errors import UserError
+from bench.arguments import Parser, run  # noqa: F401  (for every bench)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MODES = ("fwd", "bwd", "fwd+bwd")
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line and exits with 2."""
-
-    def error(self, message):
-        raise UserError(message)
 
 
 def positive(text):
@@ -69,25 +62,20 @@ def label(text):
     return text
 
 
-def parser(description):
-    """The flags common to every bench."""
-    p = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    p.add_argument("--device", default="auto", help="auto, cuda, cuda:1 or cpu")
-    p.add_argument("--out", default="runs/bench", metavar="DIR", help="where the CSV and JSON go")
+def folder(text):
+    """A path that is a folder, or can become one."""
+    if Path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a file; name a folder")
+    return text
+
+
+def parser(doc):
+    """The flags common to every bench, whose docstring is the help."""
+    p = Parser(doc)
+    p.add_argument("--device", default="auto", help="auto (the default), cuda, cuda:1 or cpu")
+    p.add_argument("--out", type=folder, default="runs/bench", metavar="DIR", help="for CSV and JSON (runs/bench)")
     p.add_argument("--publish", action="store_true", help="also replace this bench's files under results/")
     p.add_argument("--label", type=label, help="writes <bench>-LABEL, so that a run of other shapes has its own files")
     p.add_argument("--commit", help="commit id to record, for a checkout without git")
     p.add_argument("--profile", action="store_true", help="also write a Chrome trace and print the top kernels")
     return p
-
-
-def run(main, argv=None):
-    """Exit status: what `main(argv)` returns, 0 for None; 2 and one line on stderr for a user's mistake, 130 when
-    interrupted."""
-    try:
-        return main(argv) or 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130

@@ -1,4 +1,4 @@
-"""The compile report's core configurations under every supported Triton, each in a throw-away folder.
+"""The compile report's core configurations under three of the supported Tritons, each in a throw-away folder.
 
     python bench/compile_matrix.py
     python bench/compile_matrix.py --triton 3.6.0,3.9.0 --arch sm_90 --publish
@@ -76,7 +76,7 @@ def compare(rows_by_version):
 
 
 def main(argv=None):
-    p = command.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p = command.Parser(__doc__)
     p.add_argument("--triton", type=command.names, default=list(VERSIONS), metavar="V,...")
     p.add_argument("--arch", type=command.one_of(compiled.LIMITS), default=["sm_80", "sm_90"], metavar="A,...")
     p.add_argument("--jobs", type=command.positive, metavar="N", help="processes; default: one per core")

@@ -156,11 +156,17 @@ def save(rows, folder, facts):
 
 
 def main(argv=None):
-    p = command.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p = command.Parser(__doc__)
     archs = command.one_of(compiled.LIMITS)
     p.add_argument("--arch", type=archs, default=list(ARCHS), metavar="A,...", help=f"default: {','.join(ARCHS)}")
     p.add_argument("--kernel", type=command.names, default=(), metavar="NAME,...", help="parts of kernels' names")
-    p.add_argument("--config", type=command.names, default=(), metavar="TEXT,...", help="parts of cases or constexprs")
+    p.add_argument(
+        "--config",
+        type=command.names,
+        default=(),
+        metavar="TEXT,...",
+        help="parts of cases or constexprs: hopper-bf16-d64, BLOCK_Q=128",
+    )
     p.add_argument("--tile", metavar="Q,K,W,S,...", help="a tile for --kernel forward, dkdv or dq to try instead")
     p.add_argument("--core", action="store_true", help="only the smaller set that the long tests compile")
     p.add_argument("--jobs", type=command.positive, metavar="N", help="processes; default: one per core")

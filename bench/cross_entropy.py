@@ -20,6 +20,7 @@ from bench import command, compile_cases, harness
 from bench.compiled import Case
 from bench.rows import RowBench, add_flags, normal
 
+OPS = ("cross_entropy",)
 PASSES = {"fwd": 1, "bwd": 2}
 FLOPS_PER_ELEMENT = {"fwd": 4, "bwd": 4}  # max, subtract, exp, sum; subtract, exp, subtract, multiply
 GPU_VOCABULARIES, CPU_VOCABULARIES = [4096, 32768, 50257, 131072], [4096, 50257]
@@ -52,8 +53,8 @@ class CrossEntropy(RowBench):
 
 
 def main(argv=None):
-    p = harness.parser(__doc__.splitlines()[0])
-    add_flags(p, ("cross_entropy",), default=["cross_entropy"])
+    p = harness.parser(__doc__, OPS)
+    add_flags(p, OPS, default=list(OPS))
     harness.main(CrossEntropy(), p.parse_args(argv))
 
 

@@ -86,14 +86,7 @@ def parse(argv):
     """The flags of this bench, and in `trainer` the trainer's own, which stand after --."""
     argv = list(sys.argv[1:] if argv is None else argv)
     end = argv.index("--") if "--" in argv else len(argv)
-    teaching = __doc__.split("\n\n", 2)
-    p = command.Parser(
-        description=teaching[0],
-        epilog=teaching[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [flags] [-- flags of the trainer]",
-        allow_abbrev=False,
-    )
+    p = command.Parser(__doc__, usage="%(prog)s [flags] [-- flags of the trainer]")
     p.add_argument("--preset", choices=PRESETS, help="default seed-124m, on a CPU tiny")
     p.add_argument(
         "--attn", type=command.names, help="names, or package.module:function; default reference,sdpa,triton"
@@ -107,7 +100,11 @@ def parse(argv):
     p.add_argument("--data", nargs="+", metavar="PATH", help="files, folders, globs (the Python standard library)")
     p.add_argument("--device", default="auto", help="auto, cuda, cuda:1 or cpu")
     p.add_argument(
-        "--out", default="runs/bench", metavar="DIR", help="for CSV, JSON and run folders, which are replaced"
+        "--out",
+        type=command.folder,
+        default="runs/bench",
+        metavar="DIR",
+        help="for CSV, JSON and run folders, which are replaced (runs/bench)",
     )
     p.add_argument("--publish", action="store_true", help="also replace this bench's files under results/")
     p.add_argument("--commit", help="commit id to record, for a checkout without git")

@@ -131,7 +131,7 @@ def insert(page, generated):
 
 
 def main(argv=None):
-    p = command.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p = command.Parser(__doc__)
     p.add_argument("--write", action="store_true", help="replace the table in docs/performance.md")
     if p.parse_args(argv).write:
         table.write_whole(PAGE, insert(PAGE.read_text(), markdown()))

@@ -14,7 +14,6 @@ A step that fails or runs out of time is reported and passed over. Logs, CSVs an
 GPU_OUT (runs/gpu by default) as they come, and all of it in results.tar.gz there, rewritten after every step.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -32,6 +31,7 @@ if not __package__:  # run as a script: the checkout belongs on the path, not be
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench import report, table
+from bench.arguments import Parser, run
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = "results.tar.gz"
@@ -226,10 +226,14 @@ def figures(results):
 
 
 def parse(argv):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p = Parser(__doc__)
     p.add_argument("--minutes", type=float, default=10.0, help="for everything (10)")
-    p.add_argument("--only", help="comma-separated steps")
-    p.add_argument("--out", default=os.environ.get("GPU_OUT", str(ROOT / "runs" / "gpu")), help="folder (GPU_OUT)")
+    p.add_argument("--only", help="comma-separated steps; a wrong one lists them")
+    p.add_argument(
+        "--out",
+        default=os.environ.get("GPU_OUT", str(ROOT / "runs" / "gpu")),
+        help="folder for logs and results (runs/gpu, or GPU_OUT)",
+    )
     p.add_argument("--commit", help="commit id to record, for a checkout without git")
     p.add_argument("--device", default="cuda", help="cuda; cpu rehearses the same commands on tiny shapes")
     args = p.parse_args(argv)
@@ -272,4 +276,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

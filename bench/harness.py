@@ -194,16 +194,21 @@ def add_rate(row, ceiling):
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def parser(description):
-    """The flags of every kernel bench."""
-    p = command.parser(description)
+def parser(doc, ops):
+    """The flags of every kernel bench; `doc` is its docstring, `ops` what it can measure."""
+    p = command.parser(doc)
+    known = ", ".join(dict.fromkeys(name for op in ops for name in providers.known_names(op)))
     p.add_argument("--dtype", type=command.one_of(command.DTYPES), help="fp32, fp16, bf16; default bf16, on a CPU fp32")
-    p.add_argument("--mode", type=command.one_of(command.MODES), default=["fwd", "bwd"], help="fwd, bwd, fwd+bwd")
-    p.add_argument("--providers", type=command.names, help="names, or package.module:function; default all")
+    p.add_argument(
+        "--mode", type=command.one_of(command.MODES), default=["fwd", "bwd"], help="of fwd, bwd, fwd+bwd (fwd,bwd)"
+    )
+    p.add_argument(
+        "--providers", type=command.names, help=f"{known}, or package.module:function; default all that run here"
+    )
     p.add_argument("--against", metavar="REF", help="also time the kernels of this git commit, branch or tag")
     archs = command.one_of(compiled.LIMITS)
     p.add_argument("--arch", type=archs, metavar="A,...", help="also compile our kernels for A; without a GPU sm_90")
-    p.add_argument("--budget", type=command.seconds, default=0.2, metavar="S", help="seconds of repeats a row")
+    p.add_argument("--budget", type=command.seconds, default=0.2, metavar="S", help="seconds of repeats a row (0.2)")
     return p
 
 

@@ -55,7 +55,7 @@ class LayerNorm(RowBench):
 
 
 def main(argv=None):
-    p = harness.parser(__doc__.splitlines()[0])
+    p = harness.parser(__doc__, OPS)
     add_flags(p, OPS, default=["layer_norm"])
     harness.main(LayerNorm(), p.parse_args(argv))
 

@@ -23,6 +23,7 @@ from bench.compiled import Case
 from bench.rows import normal
 from gptlib.errors import UserError
 
+OPS = ("linear_cross_entropy",)
 GATE_TOKENS = 256
 LARGEST_LOGIT = 5.0  # of random normal ones
 
@@ -78,7 +79,7 @@ class LinearCrossEntropy(harness.KernelBench):
 
 
 def main(argv=None):
-    p = harness.parser(__doc__.splitlines()[0])
+    p = harness.parser(__doc__, OPS)
     p.set_defaults(mode=["fwd+bwd"])
     p.add_argument("--tokens", type=command.positives, metavar="M,...", help="rows of x")
     p.add_argument("--width", type=command.positive, metavar="C", help="columns of x")

@@ -164,11 +164,23 @@ SECTIONS = {"attention": attention_cases, "rows": row_cases, "loss": loss_cases}
 
 
 def main(argv=None):
-    p = command.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    p.add_argument("--section", type=command.one_of(SECTIONS), default=list(SECTIONS), metavar="NAME,...")
-    p.add_argument("--dtype", type=command.one_of(command.DTYPES), default=list(command.DTYPES), metavar="DTYPE,...")
+    p = command.Parser(__doc__)
+    p.add_argument(
+        "--section",
+        type=command.one_of(SECTIONS),
+        default=list(SECTIONS),
+        metavar="NAME,...",
+        help=f"of {', '.join(SECTIONS)}; all",
+    )
+    p.add_argument(
+        "--dtype",
+        type=command.one_of(command.DTYPES),
+        default=list(command.DTYPES),
+        metavar="DTYPE,...",
+        help="of fp32, fp16, bf16; all",
+    )
     p.add_argument("--device", default="auto", help="auto, cuda, cuda:1 or cpu")
-    p.add_argument("--out", default="runs/bench", metavar="DIR", help="where the CSV and JSON go")
+    p.add_argument("--out", type=command.folder, default="runs/bench", metavar="DIR", help="where the CSV and JSON go")
     p.add_argument("--publish", action="store_true", help="also replace these tables under results/")
     p.add_argument("--commit", help="commit id to record, for a checkout without git")
     args = p.parse_args(argv)

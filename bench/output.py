@@ -72,7 +72,9 @@ class Report:
         from bench import compile_report
 
         rows = compile_report.compile_all(archs, cases=list(compile_cases))
-        print("\ncompiled in bf16, read off the machine code and not measured:\n")
+        print(
+            "\ncompiled in bf16, read off the machine code and not measured (columns: docs/performance.md, Bounds):\n"
+        )
         print(compile_report.show(rows))
         self.facts.setdefault("compiled", []).extend(rows)
 

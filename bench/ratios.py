@@ -101,8 +101,8 @@ def test_ratio(benchmark, name, mode):
 
 
 def main(argv=None):
-    p = command.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    p.add_argument("--out", default="runs/bench", metavar="DIR", help="where ratios.json goes")
+    p = command.Parser(__doc__)
+    p.add_argument("--out", type=command.folder, default="runs/bench", metavar="DIR", help="where ratios.json goes")
     p.add_argument("--publish", action="store_true", help="replace the saved ratios instead of comparing with them")
     args = p.parse_args(argv)
     device = choose_device()

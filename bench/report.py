@@ -5,7 +5,6 @@ tables of results/README.md and README.md between their markers. No number in th
 nothing here needs torch or a GPU. `--results DIR` does the same for another folder, its own README.md included.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ if not __package__:  # run as a script: the checkout belongs on the path, not be
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench import spread, table
+from bench.arguments import Parser, run
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -337,7 +337,7 @@ def pictures(result):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p = Parser(__doc__)
     p.add_argument("--results", default=str(ROOT / "results"), metavar="DIR")
     p.add_argument("--readme", default=str(ROOT / "README.md"), metavar="FILE", help="rewritten for results/ alone")
     args = p.parse_args(argv)
@@ -364,4 +364,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -38,6 +38,12 @@ def normal(*shape, dtype, device):
 
 
 def add_flags(p, ops, default):
-    p.add_argument("--op", type=command.one_of(ops), default=default, metavar="OP,...", help=", ".join(ops))
-    p.add_argument("--length", type=command.positives, metavar="N,...", help="row lengths")
+    p.add_argument(
+        "--op",
+        type=command.one_of(ops),
+        default=default,
+        metavar="OP,...",
+        help=f"of {', '.join(ops)} ({', '.join(default)})",
+    )
+    p.add_argument("--length", type=command.positives, metavar="N,...", help="row lengths; default several")
     p.add_argument("--rows", type=command.positive, metavar="M", help="rows; default: rows x length stays constant")

@@ -66,7 +66,7 @@ class Softmax(RowBench):
 
 
 def main(argv=None):
-    p = harness.parser(__doc__.splitlines()[0])
+    p = harness.parser(__doc__, OPS)
     add_flags(p, OPS, default=["softmax"])
     harness.main(Softmax(), p.parse_args(argv))
 

@@ -234,7 +234,7 @@ def fill_row(row, setting, args, ceiling):
 
 
 def parse(argv):
-    p = command.parser(__doc__.splitlines()[0])
+    p = command.parser(__doc__)
     p.add_argument("--preset", choices=PRESETS, help="default gpt2, on a CPU tiny")
     p.add_argument(
         "--attn",
@@ -245,10 +245,10 @@ def parse(argv):
     p.add_argument("--loss", type=command.names, help="likewise; default torch, on a GPU triton")
     p.add_argument("--seq", type=command.positives, metavar="T,...", help="context lengths; default the preset's")
     p.add_argument("--batch", type=command.positive, metavar="B", help="windows a step; default 16384 tokens, CPU 1024")
-    p.add_argument("--steps", type=command.positive, default=20, help="steps timed")
+    p.add_argument("--steps", type=command.positive, default=20, help="steps timed (20)")
     p.add_argument("--n-layers", type=command.positive, help="instead of the preset's")
-    p.add_argument("--drop-rate", type=below_one, default=0.0)
-    p.add_argument("--dtype", choices=DTYPES, default="auto")
+    p.add_argument("--drop-rate", type=below_one, default=0.0, help="(0)")
+    p.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
     p.add_argument("--find-batch", action="store_true", help="also search the largest micro-batch that fits (GPU)")
     return p.parse_args(argv)

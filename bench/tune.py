@@ -269,7 +269,7 @@ def tune(args, device):
 
 
 def main(argv=None):
-    p = command.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p = command.Parser(__doc__)
     kernels = (*ATTENTION_KERNELS, *ROW_KERNELS)
     p.add_argument("--kernel", type=command.one_of(kernels), default=list(ATTENTION_KERNELS), metavar="NAME,...")
     p.add_argument("--head-dim", type=command.positives, default=[64, 128], metavar="D,...", help="default: 64,128")

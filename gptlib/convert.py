@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gptlib import checkpoint
 from gptlib.errors import UserError
-from gptlib.model import GPTConfig
+from gptlib.model import GPT2, GPTConfig
 from gptlib.options import Parser
 from gptlib.tokenizer import END_OF_TEXT, Tokenizer, byte_characters, load_gpt2
 
@@ -87,6 +87,11 @@ def import_run(source: str | Path, out: str | Path) -> GPTConfig:
     folder, weights = (source, source / "model.safetensors") if source.is_dir() else (source.parent, source)
     cfg, state = from_hf(_read_json(folder / "config.json"), _read_tensors(weights))
     vocabulary = folder / "vocab.json"
+    if not vocabulary.exists() and cfg.vocab_size < GPT2.vocab_size:
+        raise UserError(
+            f"{folder} has no vocab.json, and with {cfg.vocab_size} tokens the model's tokenizer is not GPT-2's: "
+            "put the model's own vocab.json beside it"
+        )
     tokenizer = _tokenizer(_read_json(vocabulary), vocabulary) if vocabulary.exists() else load_gpt2()
     if tokenizer.n_vocab > cfg.vocab_size:
         raise UserError(f"the tokenizer's {tokenizer.n_vocab} tokens do not fit the model's {cfg.vocab_size}")
@@ -282,6 +287,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if options.to_hf:
+        print("the tokenizer is not written: it stays in the run's tokenizer.json")
     print(f"{options.out}: {cfg.n_layers} layers, {cfg.emb_dim} wide, {cfg.n_heads} heads, {cfg.vocab_size:,} tokens")
     return 0
 

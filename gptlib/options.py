@@ -94,6 +94,13 @@ def non_negative_int(text):
     return value
 
 
+def seed(text):
+    value = non_negative_int(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not below 2^63")
+    return value
+
+
 def positive_float(text):
     value = float(text)
     if not 0 < value < math.inf:
@@ -154,7 +161,7 @@ def parse(argv=None):
     training.add_argument("--weight-decay", type=non_negative_float, help="on matrices only")
     training.add_argument("--beta2", type=below_one, help="of AdamW")
     training.add_argument("--clip", type=positive_float, help="largest norm of the gradient")
-    training.add_argument("--seed", type=non_negative_int)
+    training.add_argument("--seed", type=seed)
     reports = parser.add_argument_group("reports")
     reports.add_argument("--out", metavar="DIR", help="run folder (runs/<preset>-<attn>, numbered when taken)")
     reports.add_argument("--log-every", type=positive_int, metavar="STEPS")

@@ -41,7 +41,10 @@ def claim(args):
         base = "runs/" + re.sub(r"[^\w.]+", "-", f"{args.preset}-{args.attn}")
         return _first_free(base)
     run = Path(args.out)
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {run} cannot be made: {e.strerror}; name another folder") from e
     if args.overwrite:
         for name in FOLDERS:
             shutil.rmtree(run / name, ignore_errors=True)

@@ -32,6 +32,7 @@ from gptlib.schedule import learning_rate
 from gptlib.watch import Interval, StopRequest, profiler
 
 SAMPLE_TOKENS = 120
+LITTLE_TEXT = "the last step validates on all held-out text, so give it little: --data README.md --tokenizer bytes"
 
 
 def build_model(cfg, *, attn, norm, loss="torch", device="cpu", seed=0):
@@ -72,13 +73,15 @@ def train_step(loss_fn, optimizer, micro_batches, *, lr, clip=1.0, autocast=NO_A
 
 @torch.no_grad()
 def evaluate(model, loss_fn, tokens, *, batch_size, max_windows=None, autocast=NO_AUTOCAST):
-    """Mean loss in nats per token over windows of held-out tokens."""
+    """Mean loss in nats per token over windows of held-out tokens; a bar where that takes all of them."""
     device = model.tok_emb.weight.device
     model.eval()
     total, count = 0.0, 0
-    for x, y in evaluation_batches(
+    batches = evaluation_batches(
         tokens, context_length=model.cfg.context_length, batch_size=batch_size, max_windows=max_windows
-    ):
+    )
+    hidden = True if max_windows else None  # None: hidden only where nobody watches
+    for x, y in tqdm(batches, desc="validation", unit="batch", leave=False, disable=hidden):
         with autocast:
             total += loss_fn(x.to(device), y.to(device)).double() * y.numel()
         count += y.numel()
@@ -138,7 +141,7 @@ def settle(given):
         args.attn, device=device, n_heads=cfg.n_heads, head_dim=cfg.head_dim, dropout_p=cfg.drop_rate, dtype=dtype
     )
     if backends.is_interpreted(args.attn, args.norm, args.loss, device):
-        print(backends.INTERPRETER_NOTE, file=sys.stderr)
+        print(f"{backends.INTERPRETER_NOTE}; {LITTLE_TEXT}", file=sys.stderr)
     return args, cfg, device, dtype
 
 
@@ -170,6 +173,7 @@ def train(given):
     metrics = MetricsFile(run / "metrics.csv", last_step=step)
     tokens_per_step = args.batch_size * args.grad_accum * T
     kinds = f"{args.attn} attention, {args.norm} norms, {args.loss} loss"
+    print("" if step == 0 else f"going on after step {step}: ", end="")
     print(
         f"{args.preset}: {model.n_params():,} parameters, vocabulary {cfg.vocab_size:,}, {len(corpus.train):,} training"
         f" tokens; {kinds}, {str(dtype).removeprefix('torch.')} on {device} -> {run}"

@@ -1,6 +1,7 @@
 """The benches: cost models by hand, the gate before the clock, what becomes of a provider that fails, bad input."""
 
 import argparse
+import importlib
 import json
 
 import pytest
@@ -470,6 +471,7 @@ def test_another_loss_is_refused(device, tmp_path):
         (attention.main, ["--dropout", "1"], ["--dropout", "below 1"]),
         (attention.main, ["--against", "no-such-ref"], ["--against", "git"]),
         (attention.main, ["--wat"], ["--wat"]),
+        (attention.main, ["--out", __file__], ["--out", "is a file"]),
         (softmax.main, ["--length", "0"], ["--length"]),
         (softmax.main, ["--op", "sigmoid"], ["'sigmoid'", "causal_softmax"]),
         (softmax.main, ["--providers", "some.module:function"], ["'some.module:function'", "liger"]),
@@ -479,7 +481,8 @@ def test_another_loss_is_refused(device, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(main, flags, words, device, tmp_path, capsys):
-    status = command.run(main, [*flags, "--device", device, "--out", str(tmp_path), "--budget", "0.001"])
+    out = [] if "--out" in flags else ["--out", str(tmp_path)]
+    status = command.run(main, [*flags, "--device", device, *out, "--budget", "0.001"])
     error = capsys.readouterr().err
     assert status == 2
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -511,3 +514,16 @@ def test_another_commit_is_measured_beside_todays(tmp_path, capsys):
     assert [row["provider"] for row in rows] == ["triton", "triton@HEAD"] * 2
     assert len({row["status"] for row in rows}) == 1 and rows[0]["status"] in ("ok", "parity")
     assert rows[0]["max_error"] == rows[1]["max_error"]
+
+
+@pytest.mark.parametrize(
+    "name", sorted(p.stem for p in (environment.ROOT / "bench").glob("*.py") if "def main(" in p.read_text())
+)
+def test_help_is_the_docstring(name, capsys):
+    """Whole sentences, not the first line of one."""
+    script = importlib.import_module(f"bench.{name}")
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert " ".join(script.__doc__.split("\n\n")[0].split()) in printed
+    assert " ".join(script.__doc__.strip().split("\n\n")[-1].split()) in printed

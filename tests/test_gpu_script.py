@@ -239,7 +239,8 @@ def test_what_cannot_run_is_one_line_and_exit_2(flags, found, words, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
-def test_minutes_must_be_positive(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        gpu.parse(["--minutes", "0"])
-    assert stopped.value.code == 2 and "--minutes 0" in capsys.readouterr().err
+@pytest.mark.parametrize(("flags", "words"), [(["--minutes", "0"], "--minutes 0"), (["--bogus"], "--bogus")])
+def test_a_wrong_flag_is_one_line(flags, words, capsys):
+    assert command.run(gpu.main, flags) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1

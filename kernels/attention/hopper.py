@@ -324,10 +324,14 @@ def hopper_forward(q, k, v, scale):
 # ---- registration ----------------------------------------------------------------------------------------------------
 
 
-def _run(q, k, v, scale):
-    if (arch := _runtime.arch(q.device)) != "sm_90":
+def _check_machine(device):
+    if (arch := _runtime.arch(device)) != "sm_90":
         here = "Triton's interpreter" if arch == "interpret" else arch
         raise ValueError(f"{OP}: an H100 or H200 (sm_90) is needed, not {here}; use kernels.causal_attention")
+
+
+def _run(q, k, v, scale):
+    _check_machine(q.device)
     return hopper_forward(q, k, v, scale)
 
 
@@ -390,6 +394,8 @@ def causal_attention(
     Source: Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision", 2024.
     """
     attention.check(q, k, v, scale, dropout_p, window, cu_seqlens)
+    if not torch.compiler.is_compiling():
+        _check_machine(q.device)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if (dtype := _runtime.autocast_dtype(q)) is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

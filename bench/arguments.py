@@ -1,0 +1,30 @@
+"""Command lines that teach, and complain in one line: for every bench, torch or no torch."""
+
+import argparse
+import sys
+
+from gptlib.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Help is the script's docstring, the flags after its first paragraph; a mistake is a UserError."""
+
+    def __init__(self, doc, **options):
+        first, _, rest = doc.strip().partition("\n\n")
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=first, epilog=rest, formatter_class=formatter, allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def run(main, argv=None):
+    """Exit status: what `main(argv)` returns, 0 for None; 2 and one line on stderr for a user's mistake, 130 when
+    interrupted."""
+    try:
+        return main(argv) or 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
