@@ -517,7 +517,7 @@ def test_another_commit_is_measured_beside_todays(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", sorted(p.stem for p in (environment.ROOT / "bench").glob("*.py") if "def main(" in p.read_text())
+    "name", sorted(p.stem for p in (environment.ROOT / "bench").glob("*.py") if "def main(argv=None)" in p.read_text())
 )
 def test_help_is_the_docstring(name, capsys):
     """Whole sentences, not the first line of one."""
