@@ -93,14 +93,14 @@ def check(call, device, attend=None):
 
 
 def intermediate_scales(call, ref, dout, dlse, q, k):
-    """Magnitudes of what the kernels round on their way to dq, dk and dv, where that exceeds the result itself.
+    """Magnitudes of what the kernels round on their way to a result, where that exceeds the result itself.
 
     delta = rowsum(out * dout) sees out rounded, dp is a sum as long, and dp - delta may cancel to nothing, as it must
     where a query sees one key; dlse joins delta before that. And p = exp(s - lse) has an exponent rounded in fp32 at
     the magnitude of lse. Both show where eager's error is next to nothing: in fp32, and in 16 bits (the first alone)
     where no query sees more than three keys. lse itself goes to base 2 and back, four roundings where eager has two.
     """
-    _, lse, dq, dk, dv = (x.abs().max().item() for x in ref)
+    out, lse, dq, dk, dv = (x.abs().max().item() for x in ref)
     reach = min(call.Tk, call.window or call.Tk)
     if call.dtype != torch.float32 and reach > 3:
         return {"lse": 2 * lse}
@@ -108,6 +108,7 @@ def intermediate_scales(call, ref, dout, dlse, q, k):
     delta = sums.item() * (call.scale or call.D**-0.5)
     exponent = max(1.0, lse) if call.dtype == torch.float32 else 1.0
     return {
+        "out": exponent * out,
         "lse": 2 * lse,
         "dq": exponent * max(dq, delta * k.abs().max().item()),
         "dk": exponent * max(dk, delta * q.abs().max().item()),
