@@ -3,19 +3,16 @@
 import argparse
 import sys
 
-from gptlib.errors import UserError
+from gptlib import errors
 
 
-class Parser(argparse.ArgumentParser):
-    """Help is the script's docstring, the flags after its first paragraph; a mistake is a UserError."""
+class Parser(errors.Parser):
+    """Help is the script's docstring, the flags after its first paragraph."""
 
     def __init__(self, doc, **options):
         first, _, rest = doc.strip().partition("\n\n")
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(description=first, epilog=rest, formatter_class=formatter, allow_abbrev=False, **options)
-
-    def error(self, message):
-        raise UserError(f"{message} (--help lists the flags)")
 
 
 def run(main, argv=None):
@@ -23,7 +20,7 @@ def run(main, argv=None):
     interrupted."""
     try:
         return main(argv) or 0
-    except UserError as e:
+    except errors.UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -24,9 +24,8 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
 from gptlib import checkpoint
-from gptlib.errors import UserError
+from gptlib.errors import Parser, UserError
 from gptlib.model import GPT2, GPTConfig
-from gptlib.options import Parser
 from gptlib.tokenizer import END_OF_TEXT, Tokenizer, byte_characters, load_gpt2
 
 # What their configuration must say for their model to compute what ours does, each also the value when it is absent.

@@ -9,8 +9,8 @@ import torch
 
 from gptlib import backends, checkpoint
 from gptlib.device import autocast_for, choose_device, choose_dtype
-from gptlib.errors import UserError
-from gptlib.options import Parser, fraction, non_negative_float, positive_int, seed
+from gptlib.errors import Parser, UserError
+from gptlib.options import fraction, non_negative_float, positive_int, seed
 from gptlib.tokenizer import Tokenizer
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import math
 
 from gptlib import backends
-from gptlib.errors import UserError
+from gptlib.errors import Parser, UserError
 from gptlib.model import PRESETS, GPTConfig
 from gptlib.tokenizer import NAMES as TOKENIZERS
 
@@ -71,13 +71,6 @@ FIXED_ON_RESUME = (
 NOT_INHERITED = ("out", "resume", "overwrite", "stop_at", "profile")
 
 DTYPES = ("auto", "float32", "bfloat16")
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line."""
-
-    def error(self, message):
-        raise UserError(f"{message} (--help lists the flags)")
 
 
 def positive_int(text):

@@ -29,8 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gptlib import tokenizer as tokenizers
-from gptlib.errors import UserError
-from gptlib.options import Parser
+from gptlib.errors import Parser, UserError
 from gptlib.tokenizer import Tokenizer
 
 VALIDATION_SHARE = 0.05

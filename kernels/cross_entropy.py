@@ -54,22 +54,37 @@ BUFFER_ALIGN = 8  # and so its kernels may read and write groups of 8 (see `_row
 
 
 @triton.jit
-def row_losses(x_ptr, rows, stride, targets, m, log2_l, n_cols, ignore_index):
-    """(ROWS,) losses; NaN for a target that is no column."""
+def take_losses(
+    x_ptr, target_ptr, loss_ptr, rows, stride, n_rows, n_cols, ignore_index,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Store the losses of rows, NaN for a target that is no column; targets, m and log2 l of each, (ROWS,)."""
+    mask = rows < n_rows
+    targets = tl.load(target_ptr + rows, mask=mask, other=-1)
+    m, l = max_and_sum(x_ptr, rows, stride, tl.where(mask, n_cols, 0), LOG2_E, ALIGN, ROWS, BLOCK_N)
+    log2_l = tl.log2(l)
     is_column = (targets >= 0) & (targets < n_cols)
     x_target = tl.load(x_ptr + rows * stride + targets, mask=is_column, other=float("nan")).to(tl.float32)
-    return tl.where(targets == ignore_index, 0.0, (m - x_target) + log2_l * LN_2)
+    losses = tl.where(targets == ignore_index, 0.0, (m - x_target) + log2_l * LN_2)
+    tl.store(loss_ptr + rows, losses, mask=mask)
+    return targets, m, log2_l
 
 
 @triton.jit
-def logit_gradients(x, m, log2_l, targets, dloss, cols, n_cols, ignore_index):
-    """(ROWS, BLOCK_N) gradients of the logits x, for gradients dloss (ROWS,) of the losses."""
+def put_gradients(
+    x_ptr, stride_x, dx_ptr, stride_dx, rows, cols, n_rows, n_cols, m, log2_l, targets, dloss, ignore_index,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Store the gradients of a block of logits (ROWS, BLOCK_N), for gradients dloss (ROWS,) of the losses."""
+    lengths = tl.where(rows < n_rows, n_cols, 0)
+    x = load_visible(x_ptr, rows, stride_x, cols, lengths, float("-inf"), ALIGN, "evict_first")
     is_column = (targets >= 0) & (targets < n_cols)
     column = tl.where(is_column, targets, -1).to(tl.int32)
     dloss = tl.where(is_column, dloss, float("nan"))
     p = tl.exp2((x - m[:, None]) * LOG2_E - log2_l[:, None])
     dx = (p - tl.where(cols[None, :] == column[:, None], 1.0, 0.0)) * dloss[:, None]
-    return tl.where((targets == ignore_index)[:, None], 0.0, dx)
+    dx = tl.where((targets == ignore_index)[:, None], 0.0, dx)
+    store_tile(dx_ptr, dx, rows, stride_dx, cols, lengths, ALIGN)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -91,14 +106,11 @@ def cross_entropy_forward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    mask = rows < n_rows
-    targets = tl.load(target_ptr + rows, mask=mask, other=-1)
-    m, l = max_and_sum(x_ptr, rows, stride_x, tl.where(mask, n_cols, 0), LOG2_E, ALIGN, ROWS, BLOCK_N)
-    log2_l = tl.log2(l)
-    losses = row_losses(x_ptr, rows, stride_x, targets, m, log2_l, n_cols, ignore_index)
-    tl.store(loss_ptr + rows, losses, mask=mask)
-    tl.store(m_ptr + rows, m, mask=mask)
-    tl.store(log2_l_ptr + rows, log2_l, mask=mask)
+    _, m, log2_l = take_losses(
+        x_ptr, target_ptr, loss_ptr, rows, stride_x, n_rows, n_cols, ignore_index, ALIGN, ROWS, BLOCK_N
+    )
+    tl.store(m_ptr + rows, m, mask=rows < n_rows)
+    tl.store(log2_l_ptr + rows, log2_l, mask=rows < n_rows)
 
 
 @triton.jit
@@ -119,16 +131,15 @@ def cross_entropy_backward_kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = rows < n_rows
-    lengths = tl.where(mask, n_cols, 0)
     targets = tl.load(target_ptr + rows, mask=mask, other=-1)
     m = tl.load(m_ptr + rows, mask=mask, other=0.0)
     log2_l = tl.load(log2_l_ptr + rows, mask=mask, other=0.0)
     dloss = tl.load(dloss_ptr + rows, mask=mask, other=0.0)
     for start in range(0, n_cols, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        x = load_visible(x_ptr, rows, stride_x, cols, lengths, float("-inf"), ALIGN, "evict_first")
-        dx = logit_gradients(x, m, log2_l, targets, dloss, cols, n_cols, ignore_index)
-        store_tile(dx_ptr, dx, rows, n_cols, cols, lengths, ALIGN)
+        put_gradients(
+            x_ptr, stride_x, dx_ptr, n_cols, rows, start + tl.arange(0, BLOCK_N), n_rows, n_cols,
+            m, log2_l, targets, dloss, ignore_index, ALIGN,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -145,20 +156,17 @@ def loss_and_gradient_kernel(
     BLOCK_N: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    mask = rows < n_rows
-    lengths = tl.where(mask, n_cols, 0)
-    targets = tl.load(target_ptr + rows, mask=mask, other=-1)
-    m, l = max_and_sum(x_ptr, rows, stride_x, lengths, LOG2_E, ALIGN, ROWS, BLOCK_N)
-    log2_l = tl.log2(l)
-    losses = row_losses(x_ptr, rows, stride_x, targets, m, log2_l, n_cols, ignore_index)
-    tl.store(loss_ptr + rows, losses, mask=mask)
+    targets, m, log2_l = take_losses(
+        x_ptr, target_ptr, loss_ptr, rows, stride_x, n_rows, n_cols, ignore_index, ALIGN, ROWS, BLOCK_N
+    )
+    dloss = tl.full((ROWS,), 1.0, tl.float32)
     tl.debug_barrier()  # every thread has read the logits of the targets before any is overwritten
     last = (n_cols - 1) // BLOCK_N * BLOCK_N
     for back in range(0, n_cols, BLOCK_N):
-        cols = last - back + tl.arange(0, BLOCK_N)
-        x = load_visible(x_ptr, rows, stride_x, cols, lengths, float("-inf"), ALIGN, "evict_first")
-        dx = logit_gradients(x, m, log2_l, targets, tl.full((ROWS,), 1.0, tl.float32), cols, n_cols, ignore_index)
-        store_tile(x_ptr, dx, rows, stride_x, cols, lengths, ALIGN)
+        put_gradients(
+            x_ptr, stride_x, x_ptr, stride_x, rows, last - back + tl.arange(0, BLOCK_N), n_rows, n_cols,
+            m, log2_l, targets, dloss, ignore_index, ALIGN,
+        )  # fmt: skip
 
 
 # ---- launchers -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import contextlib
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -80,6 +81,15 @@ def use_small_tiles(monkeypatch, device):
     table = _tuning.RowTable(((64, 512, 4),), (8, 64, 4))
     monkeypatch.setitem(_tuning.ROWS, key, dict.fromkeys(_tuning.ROWS[key], table))
     monkeypatch.setitem(_tuning.PARTIALS_TILE, key, (2, 64, 4))
+
+
+@contextlib.contextmanager
+def drawn_tiles(small, device):
+    """Small tiles inside if they were drawn: for hypothesis, whose examples share one monkeypatch fixture."""
+    with pytest.MonkeyPatch.context() as patch:
+        if small:
+            use_small_tiles(patch, device)
+        yield
 
 
 class Traffic:

@@ -89,9 +89,7 @@ def test_rows_in_blocks(dtype, device, small_tiles, poisoned):
 @rows.FEW_EXAMPLES
 def test_any_shape_dtype_and_stride(case, small, reduction, device):
     shape, dtype, layout = case
-    with pytest.MonkeyPatch.context() as patch:
-        if small:
-            rows.use_small_tiles(patch, device)
+    with rows.drawn_tiles(small, device):
         targets = make_targets(shape[:-1], shape[-1], device, ignored=0)
         check(rows.make(shape, dtype, device, layout), targets, reduction=reduction)
 

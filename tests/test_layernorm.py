@@ -83,9 +83,7 @@ def test_weight_and_bias_are_optional(op, weight, bias, device, tiles, poisoned)
 @rows.FEW_EXAMPLES
 def test_any_shape_dtype_and_stride(case, op, small, weight_dtype, device):
     shape, dtype, layout = case
-    with pytest.MonkeyPatch.context() as patch:
-        if small:
-            rows.use_small_tiles(patch, device)
+    with rows.drawn_tiles(small, device):
         check(op, inputs(op, rows.make(shape, dtype, device, layout), weight_dtype))
 
 

@@ -54,9 +54,7 @@ def test_causal_softmax_matches_the_reference(shape, dtype, device, tiles, poiso
 @rows.FEW_EXAMPLES
 def test_any_shape_dtype_and_stride(case, causal, small, device):
     shape, dtype, layout = case
-    with pytest.MonkeyPatch.context() as patch:
-        if small:
-            rows.use_small_tiles(patch, device)
+    with rows.drawn_tiles(small, device):
         check(rows.make(shape, dtype, device, layout), causal=causal and shape[-2] <= shape[-1])
 
 
