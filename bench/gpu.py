@@ -99,7 +99,7 @@ def plan(device_name, out, commit=None):
         Step("train", 1.0, bench("train", f"{train} {kinds},reference+torch+torch", tiny)),
         Step("attention-gpt2", 0.5, bench("attention", gpt2, f"{few} --batch 1,2 --label gpt2")),
         *(
-            # Never run before: a fault of its barriers would be a hang, and cost these steps alone.
+            # A fault of its barriers would be a hang: it must not cost what other steps measure.
             Step("hopper-tests", 0.8, (*tests, "--attn", HOPPER)),
             Step("attention-hopper", 0.8, bench("attention", f"{on_hopper} --label hopper", "")),
         )[: 2 * any(name in device_name for name in ("H100", "H200"))],
