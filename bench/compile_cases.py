@@ -157,28 +157,43 @@ def prepare_attention(
 
 
 def hopper_cases():
-    """The warp-specialized forward; 80 is padded, and in "ones" arguments of 1 become constants."""
-    kernel = "hopper_forward_kernel"
-    about = {"expects": {kernel: (*TMA, "setmaxnreg")}, "products": {kernel: 2}, "loop_warps": {kernel: 8}}
+    """The warp-specialized kernels; 80 is padded, and in "ones" arguments of 1 become constants."""
+    kernels = {"hopper_forward_kernel": 2, "hopper_backward_kernel": 5}
+    about = {
+        "expects": dict.fromkeys(kernels, (*TMA, "setmaxnreg")),
+        "products": kernels,
+        "loop_warps": dict.fromkeys(kernels, 8),
+    }
     calls = {
         f"{dtype}-d{head_dim}": partial(launch, prepare_hopper, DTYPES[dtype], head_dim)
         for dtype, head_dim in (("bf16", 64), ("bf16", 128), ("fp16", 64), ("fp16", 128), ("bf16", 80))
     }
-    calls["bf16-d64-gqa"] = partial(launch, prepare_hopper, "bfloat16", 64, kv_heads=HEADS // GROUPS)
+    for head_dim in (64, 128):
+        calls[f"bf16-d{head_dim}-gqa"] = partial(launch, prepare_hopper, "bfloat16", head_dim, kv_heads=HEADS // GROUPS)
     calls["bf16-d64-ones"] = partial(launch, prepare_hopper, "bfloat16", 64, shape=(1, 1, 1), kv_heads=1)
+    calls["bf16-d64-lse"] = partial(launch, prepare_hopper, "bfloat16", 64, lse_gradient=True)
     return [Case(f"hopper-{name}", call, **about, archs=("sm_90",)) for name, call in calls.items()]
 
 
-def prepare_hopper(dtype, head_dim, shape=(BATCH, HEADS, TOKENS), kv_heads=HEADS, device="meta"):
-    """A call of the forward that only Hopper runs, which returns out and lse."""
-    from kernels.attention.hopper import hopper_forward
+def prepare_hopper(dtype, head_dim, shape=(BATCH, HEADS, TOKENS), kv_heads=HEADS, lse_gradient=False, device="meta"):
+    """A call of the forward and the backward that only Hopper runs, which returns out, lse, dq, dk and dv."""
+    import torch
+
+    from kernels.attention.hopper.backward import hopper_backward
+    from kernels.attention.hopper.forward import hopper_forward
 
     batch, heads, tokens = shape
-    q, k, v = (
+    q, k, v, dout = (
         _normal(batch, tokens, n, head_dim, dtype=dtype, device=device).transpose(1, 2)
-        for n in (heads, kv_heads, kv_heads)
+        for n in (heads, kv_heads, kv_heads, heads)
     )
-    return lambda: hopper_forward(q, k, v, 0.125)
+
+    def run():
+        out, lse = hopper_forward(q, k, v, 0.125)
+        dlse = torch.empty_like(lse) if lse_gradient else None
+        return out, lse, *hopper_backward(dout, dlse, q, k, v, out, lse, 0.125)
+
+    return run
 
 
 def decode_cases():

@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = "results.tar.gz"
 LEAST_S = 5  # a step with less time than this is not started
 GRACE_S = 10  # for a step that is asked to stop: pytest then still prints what failed so far
-HOPPER = "kernels.attention.hopper:causal_attention"
+HOPPER, ONE_PASS = "kernels.attention.hopper:causal_attention", "kernels.attention.hopper:one_pass"
 TEST_PROCESSES = 14  # most of the time they compile
 PROBE = "import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
 
@@ -88,7 +88,8 @@ def plan(device_name, out, commit=None):
     loss = "--tokens 16384 --classes 50257,32768,131072 --budget 0.1"
     classes = f"{timed} --length 50257,4096,32768,131072"
     curves = "--attn sdpa --steps 3 --data docs --batch-size 2 -- --n-layers 1 --tokenizer bytes"
-    on_hopper = f"{timed} --providers sdpa-cudnn,triton,{HOPPER} --seq 1024,4096,16384,512,2048,8192 --head-dim 64,128"
+    hopper = f"{timed} --providers sdpa-cudnn,triton,{HOPPER},{ONE_PASS}"
+    on_hopper = f"{hopper} --seq 1024,4096,16384,512,2048,8192 --head-dim 64,128"
     few, one = "--seq 64 --providers reference,sdpa --budget 0.01", "--length 64 --providers reference,torch"
     tiny = "--preset tiny --n-layers 1 --seq 32 --steps 3 --attn reference+torch+torch,sdpa+torch+torch"
     return [
@@ -101,8 +102,9 @@ def plan(device_name, out, commit=None):
         *(
             # A fault of its barriers would be a hang: it must not cost what other steps measure.
             Step("hopper-tests", 0.8, (*tests, "--attn", HOPPER)),
+            Step("hopper-one-pass-tests", 0.8, (*tests, "--attn", ONE_PASS)),
             Step("attention-hopper", 0.8, bench("attention", f"{on_hopper} --label hopper", "")),
-        )[: 2 * any(name in device_name for name in ("H100", "H200"))],
+        )[: 3 * any(name in device_name for name in ("H100", "H200"))],
         Step("softmax", 0.6, bench("softmax", f"{rows},131072", one)),
         Step("layernorm", 0.6, bench("layernorm", rows, one)),
         Step(

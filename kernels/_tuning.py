@@ -163,7 +163,7 @@ ODD_STRIDES = {
 
 
 class HopperTile(NamedTuple):
-    """What the warp-specialized forward of attention/hopper.py loads: blocks of keys, and how many ahead. With `turns`
+    """What the warp-specialized forward of attention/hopper loads: blocks of keys, and how many ahead. With `turns`
     its consumers start their products one after the other."""
 
     block_k: int
@@ -171,7 +171,17 @@ class HopperTile(NamedTuple):
     turns: bool = True
 
 
-HOPPER = {64: HopperTile(128, 4), 128: HopperTile(128, 2)}  # by padded head dimension
+class HopperBackwardTile(NamedTuple):
+    """How many tiles ahead the backward of attention/hopper loads, and whether it branches round the mask where nothing
+    is masked."""
+
+    stages: int
+    branch: bool
+
+
+# By padded head dimension.
+HOPPER = {64: HopperTile(128, 4), 128: HopperTile(128, 2)}
+HOPPER_BACKWARD = {64: HopperBackwardTile(2, True), 128: HopperBackwardTile(2, False)}
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

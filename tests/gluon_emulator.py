@@ -9,7 +9,7 @@ below. Each partition is a thread, but only one runs at a time: it hands over at
 and the schedule decides who is next. What the hardware does on its own happens when the schedule says:
 
     early     at once: a copy lands before the next operation, a product is done when it is issued
-    late      at the last moment: copies land, newest first, when nobody can go on without; products at their wait
+    late      at the last moment: when nobody can go on, a copy lands that somebody waits for; products at their wait
     random    in between, drawn from a seed
 
 Registers are torch tensors, 16-bit types rounded by torch. Shared memory is NaN until written, and from the start of a
@@ -17,13 +17,14 @@ copy until it lands. These end a run with a ProtocolError:
 
     a result that no wait has been passed yet is used, or goes through a wait that need not cover it
     memory is written while a product or a store may read it, or read while a copy may write it
-    a tile leaves by TMA without a fence after it was written
+    a product or TMA takes a tile without a fence after it was written
     more arrivals at a barrier than it counts, or a barrier used before it was initialized
     nobody can go on (who waits for which phase is listed)
     the program ends with something on its way
 
 Not modelled: layouts (the compiler checks those), the threads inside a partition, which the compiler's barriers keep
-together, ordinary loads from shared memory, and registers that an operand in flight still needs (ptxas knows them).
+together, and registers that an operand in flight still needs (ptxas knows them). Kernels that are not Gluon's go to
+Triton's interpreter.
 """
 
 import inspect
@@ -67,13 +68,18 @@ class Buffer:
 
     def __init__(self, data):
         self.data = data.fill_(torch.nan)
-        self.readers = self.writers = 0
+        self.readers = self.writers = 0  # counts of copies, products and TMA stores on their way
         self.unfenced = None  # who wrote to it last, until they fence
 
     def start_reading(self, what):
         if self.writers:
             raise ProtocolError(f"{what} reads a tile to which a copy is on its way")
         self.readers += 1
+
+    def start_reading_by_hardware(self, what):
+        if self.unfenced is not None:
+            raise ProtocolError(f"{what} takes a tile without a fence after it was written")
+        self.start_reading(what)
 
     def start_writing(self, what):
         if self.readers or self.writers:
@@ -94,6 +100,15 @@ class View:
 
     def permute(self, order):
         return View(self.machine, self.buffer, self.data.permute(*order))
+
+    def slice(self, start, length, dim):
+        return View(self.machine, self.buffer, self.data.narrow(dim, start, length))
+
+    def load(self, layout):
+        self.machine.pause()
+        self.buffer.start_reading("a load")
+        self.buffer.readers -= 1
+        return self.data.clone()
 
     def store(self, value):
         self.machine.pause()
@@ -178,6 +193,10 @@ class Descriptor:
         target, inside = self.block(coordinates)
         target.copy_(tile[inside])
 
+    def add(self, coordinates, tile):
+        target, inside = self.block(coordinates)
+        target.add_(tile[inside])
+
 
 class Pointer(NamedTuple):
     memory: torch.Tensor  # flat
@@ -188,18 +207,22 @@ class Pointer(NamedTuple):
 
 
 class Product:
-    """A wgmma that has been issued, in the place of its result: only a wait may touch it."""
+    """A wgmma that has been issued, in the place of its result: for a wait, or for a wgmma that adds to it."""
 
     def __init__(self, a, b, acc):
         self.a, self.b, self.acc, self.result = a, b, acc, None
         self.shared = [x.buffer for x in (a, b) if isinstance(x, View)]
         for buffer in self.shared:
-            buffer.start_reading("a product")
+            buffer.start_reading_by_hardware("a product")
 
     def compute(self):
         if self.result is None:
             a, b = ((x.data if isinstance(x, View) else x).float() for x in (self.a, self.b))
-            self.result = a @ b if self.acc is None else self.acc + a @ b
+            acc = self.acc
+            if isinstance(acc, Product):
+                acc.compute()
+                acc = acc.result
+            self.result = a @ b if acc is None else acc + a @ b
 
     def __getattr__(self, name):
         raise ProtocolError("the result of a product is used without a wait")
@@ -214,7 +237,7 @@ class Partition(threading.Thread):
         super().__init__(daemon=True)
         self.machine, self.label, self.function = machine, name, function
         self.turn = threading.Semaphore(0)
-        self.can_go_on, self.waits_for = None, ""
+        self.can_go_on, self.waits_for, self.barrier = None, "", None
         self.products, self.stores, self.error, self.done = [], [], None, False
 
     def run(self):
@@ -249,6 +272,9 @@ class Emulator:
         self.functions, self.names = {}, self.vocabulary()
 
     def __call__(self, kernel, grid, args, constexprs, options):
+        if isinstance(kernel, InterpretedFunction):
+            kernel[grid](*args, **constexprs)
+            return
         function = self.function(kernel.fn)
         args = [self.argument(x) for x in args]
         for self.program in itertools.product(*map(range, grid)):
@@ -281,7 +307,7 @@ class Emulator:
                 if ready:
                     self.resume({"first": ready[0], "last": ready[-1]}.get(self.schedule.order) or self.pick(ready))
                 elif self.copies:
-                    self.land(self.copies.pop())
+                    self.land(self.last_moment())
                 else:
                     raise ProtocolError("; ".join(f"{x.label} waits for {x.waits_for}" for x in alive[1:] or alive))
             if self.copies:
@@ -298,10 +324,10 @@ class Emulator:
         if partition.error is not None:
             raise partition.error
 
-    def pause(self, can_go_on=None, waits_for=""):
+    def pause(self, can_go_on=None, waits_for="", barrier=None):
         """Called by the partition that runs: hand over, until it may go on and is chosen."""
         partition = self.partition
-        partition.can_go_on, partition.waits_for = can_go_on, waits_for
+        partition.can_go_on, partition.waits_for, partition.barrier = can_go_on, waits_for, barrier
         self.turn.release()
         partition.turn.acquire()
         if self.stopped:
@@ -323,6 +349,12 @@ class Emulator:
 
     # -- copies and products
 
+    def last_moment(self):
+        """The newest copy, if possible of those that somebody waits for."""
+        awaited = [x.barrier for x in self.partitions if not x.done]
+        needed = [i for i, (_, _, barrier, _) in enumerate(self.copies) if any(barrier is b for b in awaited)]
+        return self.copies.pop(needed[-1] if needed else -1)
+
     def land(self, copy):
         desc, coordinates, barrier, view = copy
         view.data.copy_(desc.load(coordinates))
@@ -337,22 +369,26 @@ class Emulator:
             self.land(self.copies.pop())
 
     def tma_store(self, desc, coordinates, view):
+        self.leave(desc.save, coordinates, view)
+
+    def tma_add(self, desc, coordinates, view):
+        self.leave(desc.add, coordinates, view)
+
+    def leave(self, write, coordinates, view):
         self.pause()
-        if view.buffer.unfenced is not None:
-            raise ProtocolError("a tile leaves by TMA without a fence after it was written")
-        view.buffer.start_reading("a TMA store")
-        self.partition.stores.append((desc, coordinates, view))
+        view.buffer.start_reading_by_hardware("TMA")
+        self.partition.stores.append((write, coordinates, view))
 
     def store_wait(self, pendings):
         self.pause()
         while len(self.partition.stores) > pendings:
-            desc, coordinates, view = self.partition.stores.pop(0)
-            desc.save(coordinates, view.data)
+            write, coordinates, view = self.partition.stores.pop(0)
+            write(coordinates, view.data)
             view.buffer.readers -= 1
 
     def warpgroup_mma(self, a, b, acc, use_acc=True, is_async=False):
         self.pause()
-        product = Product(a, b, values(acc) if use_acc else None)
+        product = Product(a, b, acc if use_acc else None)
         self.partition.products.append(product)
         if self.schedule.hardware == "early":
             product.compute()
@@ -388,7 +424,7 @@ class Emulator:
 
     def wait(self, barrier, parity, pred=True):
         if pred:
-            self.pause(lambda: barrier.passed(parity), f"parity {parity} of {barrier.name}")
+            self.pause(lambda: barrier.passed(parity), f"parity {parity} of {barrier.name}", barrier)
 
     def warp_specialize(self, functions, warps, registers):
         partitions = [
@@ -441,10 +477,10 @@ class Emulator:
             arange=lambda start, end, layout: torch.arange(start, end),
             full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
-            maximum=maximum, where=lambda c, x, y: torch.where(c, values(x), values(y)), max=largest,
+            maximum=maximum, where=where, max=largest,
             sum=lambda x, axis: values(x).sum(axis), exp2=torch.exp2, log2=torch.log2, store=store,
             convert_layout=lambda x, layout: x, NVMMADistributedLayout=nothing, SliceLayout=nothing,
-            DotOperandLayout=nothing,
+            DotOperandLayout=nothing, NVMMASharedLayout=nothing,
             allocate_shared_memory=self.allocate_shared_memory, warp_specialize=self.warp_specialize,
         )  # fmt: skip
         barriers = types.SimpleNamespace(
@@ -457,7 +493,7 @@ class Emulator:
             **dict.fromkeys(("async_load", "async_copy_global_to_shared"), self.tma_load),
             **dict.fromkeys(("async_store", "async_copy_shared_to_global"), self.tma_store),
             "warpgroup_mma": self.warpgroup_mma, "warpgroup_mma_wait": self.warpgroup_mma_wait,
-            "fence_async_shared": self.fence_async_shared,
+            "async_atomic_add": self.tma_add, "fence_async_shared": self.fence_async_shared,
         }  # fmt: skip
 
 
@@ -467,6 +503,12 @@ class Emulator:
 def values(x):
     """A register tensor's elements: a product has none before its wait."""
     return x.elements if isinstance(x, Product) else x
+
+
+def where(condition, x, y):
+    if isinstance(condition, torch.Tensor):
+        return torch.where(condition, values(x), values(y))
+    return x if condition else y
 
 
 def maximum(x, y):

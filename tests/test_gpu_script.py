@@ -157,9 +157,11 @@ def test_what_tells_most_comes_first(tmp_path):
     assert names[-1] == "report" and len(set(names)) == len(names)
 
 
-def test_the_hopper_kernel_is_tried_on_hoppers_after_what_must_not_be_lost(tmp_path):
+def test_the_hopper_kernels_are_tried_on_hoppers_after_what_must_not_be_lost(tmp_path):
     names = [step.name for step in gpu.plan("NVIDIA H200", tmp_path)]
-    assert names.index("attention") < names.index("hopper-tests") < names.index("attention-hopper")
+    first = names.index("hopper-tests")
+    assert names.index("attention") < first
+    assert names[first : first + 3] == ["hopper-tests", "hopper-one-pass-tests", "attention-hopper"]
     for other in ("NVIDIA A100-SXM4-80GB", "CPU"):
         assert not any("hopper" in step.name for step in gpu.plan(other, tmp_path))
 

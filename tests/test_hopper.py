@@ -112,7 +112,8 @@ FAULTS = {
                                        "mbarrier.wait(empty.index(slot), parity)", "waits for parity"),
     "the wrong phase of a full slot": ("mbarrier.wait(full.index(slot), parity,",
                                        "mbarrier.wait(full.index(slot), parity ^ 1,", "copy is on its way"),
-    "a slot freed by one consumer": ("count=READERS", "count=1", "is being read"),
+    "a slot freed by one consumer": ("allocate_barriers(SLOTS, READERS)", "allocate_barriers(SLOTS, 1)",
+                                     "is being read"),
     "k never freed": ("    s = warpgroup_mma_wait(1, deps=(s,))\n    release(k_ring, n)\n",
                       "    s = warpgroup_mma_wait(1, deps=(s,))\n", "waits for parity"),
     "k freed before its product is done": ("    s = warpgroup_mma_wait(1, deps=(s,))\n    release(k_ring, n)\n",
@@ -120,7 +121,7 @@ FAULTS = {
                                            "is being read"),
     "v freed before its product is done": ("    acc, p = warpgroup_mma_wait(0, deps=(acc, p))\n    release(v_ring",
                                            "    release(v_ring, n - 1)\n    acc, p = warpgroup_mma_wait(0, "
-                                           "deps=(acc, p))\n    place(n, v_ring) #", "is being read"),
+                                           "deps=(acc, p))\n    pass #", "is being read"),
     "scores used in flight": ("    s = warpgroup_mma_wait(1, deps=(s,))\n", "", "without a wait"),
     "a wait that covers too little": ("warpgroup_mma_wait(1, deps=(s,))", "warpgroup_mma_wait(2, deps=(s,))",
                                       "lets it be unfinished"),

@@ -1,0 +1,375 @@
+"""Causal attention, backward, for Hopper in one pass: dq, dk and dv with five products instead of seven.
+
+Equations and names are ../backward.py's. There, dK/dV and dQ are two kernels that both compute scores and dp. Here a
+program owns 128 keys of one head, walks over the queries that see them, and adds what those keys give to dq in global
+memory: fp32 additions in the order in which programs come by, so that dq may differ in its last bits from run to run.
+
+Its warps part (ring.py). The producer loads k and v once and tiles of q, dout and stats, STAGES tiles ahead; each of
+the two consumers has 64 keys. A tile has BLOCK_Q queries, HALVES times 64: 128 of them at D = 64, 64 at D = 128. A
+consumer's step, with everything of size (keys, queries):
+
+    s  = k q^T    starts          dp = v dout^T    starts behind it
+    wait for s;  p = exp2(s - lse)                                  while dp runs
+    dv += p dout                  starts
+    wait for dp; ds = p (dp - delta), to shared memory              while dv runs
+    `ready`: both consumers have written their ds
+    dq = ds^T k, dk += ds q       start
+    wait for dq; it goes to shared memory, and from there TMA adds it to the tensor        while dk runs
+
+With two halves, the second one's s and dp run behind the first one's. dq sums over the keys of both consumers, 64 x 64
+elements each: one takes the first half of the queries, the other the second (D = 64), or so with the columns (D = 128).
+ds has two buffers, so that the barrier `ready` also tells that the one before the last is free again.
+
+stats[b, h, t, :] holds lse to base 2 of queries 64 t ... 64 t + 63 and then their delta, both 0 past the end, where q
+and dout are read as 0: p is 1 there, and dp, ds and all that they give are 0. Three kernels in this order: prepare
+(stats, and dq = 0), backward, and finish (dq in its dtype).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernels import _runtime, _tuning
+from kernels._runtime import cast
+from kernels.attention.hopper.ring import (
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    PRODUCER_REGISTERS,
+    REGISTERS,
+    ROWS,
+    allocate_barriers,
+    allocate_ring,
+    descriptor,
+    load,
+    padded_head_dim,
+    release,
+    schedule,
+    start_product,
+    tile,
+    tma_add,
+    tma_readable,
+    tma_store,
+    wait_for,
+)
+from kernels.attention.tiles import LOG2_E, empty_heads, head_of, heads_per_section, load_tile, strides, tile_offsets
+
+LOG2E = tl.constexpr(LOG2_E)
+BLOCK_K = ROWS.value * CONSUMERS.value  # keys of a program
+
+
+# ---- before and after ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def prepare_kernel(
+    out_src, dout_src, lse_ptr, dlse_ptr, stats_ptr, dq_ptr,
+    stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, stride_qb, stride_qh, stride_qt,
+    H, Tq, num_blocks,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DLSE: tl.constexpr,
+):  # fmt: skip
+    """stats of ROWS queries, and zeros for their dq."""
+    pid = tl.program_id(0)
+    block, bh = pid % num_blocks, pid // num_blocks
+    b, h = bh // H, bh % H
+    start_q = block * ROWS
+    out_src = head_of(out_src, b, h, stride_ob, stride_oh, False)
+    dout_src = head_of(dout_src, b, h, stride_gb, stride_gh, False)
+    out = load_tile(out_src, b, h, start_q, stride_ot, Tq, HEAD_DIM, ROWS, BLOCK_D, False, True).to(tl.float32)
+    dout = load_tile(dout_src, b, h, start_q, stride_gt, Tq, HEAD_DIM, ROWS, BLOCK_D, False, True).to(tl.float32)
+    delta = tl.sum(out * dout, 1)
+    rows = tl.arange(0, ROWS)
+    exists = start_q + rows < Tq
+    offs = bh.to(tl.int64) * Tq + start_q + rows
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + offs, mask=exists, other=0.0)
+    stats_ptr += pid.to(tl.int64) * (2 * ROWS)
+    tl.store(stats_ptr + rows, tl.load(lse_ptr + offs, mask=exists, other=0.0) * LOG2E)
+    tl.store(stats_ptr + ROWS + rows, delta)
+    offs, exists = tile_offsets(start_q, stride_qt, Tq, HEAD_DIM, ROWS, BLOCK_D)
+    dq_ptr = head_of(dq_ptr, b, h, stride_qb, stride_qh, False)
+    tl.store(dq_ptr + offs, tl.zeros((ROWS, BLOCK_D), tl.float32), mask=exists)
+
+
+@triton.jit
+def finish_kernel(sum_ptr, dq_ptr, scale, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """dq = scale * sum, element by element of memory that both lay out alike."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(dq_ptr + offs, cast(tl.load(sum_ptr + offs, mask=offs < n) * scale, DTYPE), mask=offs < n)
+
+
+# ---- the producer ----------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def produce(
+    q_desc, k_desc, v_desc, dout_desc, stats_desc, q_ring, k_ring, v_ring, dout_ring, stats_ring,
+    b, h_kv, start_k, first_q, num_q, GROUP: gl.constexpr, BLOCK_Q: gl.constexpr,
+):  # fmt: skip
+    """Load k and v once, then tiles of stats, dout and q in the order in which the consumers free them."""
+    for consumer in gl.static_range(CONSUMERS):
+        load(k_ring, consumer, k_desc, b, h_kv, start_k + consumer * ROWS)
+        load(v_ring, consumer, v_desc, b, h_kv, start_k + consumer * ROWS)
+    for g in range(GROUP):
+        h = h_kv * GROUP + g
+        for i in range(num_q):
+            n, start_q = g * num_q + i, first_q + i * BLOCK_Q
+            load(stats_ring, n, stats_desc, b, h, start_q // ROWS)
+            load(dout_ring, n, dout_desc, b, h, start_q)
+            load(q_ring, n, q_desc, b, h, start_q)
+
+
+# ---- a consumer ------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def half_tile(ring, n, HALF: gl.constexpr):
+    """64 rows of tile n, its first or its second."""
+    return tile(ring, n).slice(HALF * ROWS, ROWS, 0)
+
+
+@gluon.jit
+def statistic(stats_ring, n, HALF: gl.constexpr, WHICH: gl.constexpr, LAYOUT: gl.constexpr):
+    """lse (0) or delta (1) of 64 queries of tile n, (1, 64)."""
+    return tile(stats_ring, n).slice(HALF, 1, 0).slice(WHICH * ROWS, ROWS, 1).load(LAYOUT)
+
+
+@gluon.jit
+def probabilities(s, lse, start_q, whole, offs_q, offs_k, scale_log2, BRANCH: gl.constexpr):
+    """p (keys, queries) of 64 queries from start_q on. Keys that they do not see have 0; from query `whole` on they see
+    all. With BRANCH others do not ask, at the price of a few registers."""
+    p = gl.exp2(s * scale_log2 - lse)
+    if BRANCH:
+        if start_q < whole:
+            p = gl.where(offs_k[:, None] <= offs_q[None, :] + start_q, p, 0.0)
+    else:
+        p = gl.where(offs_k[:, None] <= offs_q[None, :] + start_q, p, 0.0)
+    return p
+
+
+@gluon.jit
+def start_dq(ds_buffers, n, k_ring, ME: gl.constexpr, HALVES: gl.constexpr, LAYOUT: gl.constexpr):
+    """This consumer's 64 x 64 elements of ds^T k, summed over the keys of both consumers, on their way."""
+    ds, k = ds_of(ds_buffers, n, ME % HALVES, 0, HALVES), tile(k_ring, 0)
+    dq = start_product(ds.permute((1, 0)), dq_columns(k, ME, HALVES), ROWS, LAYOUT)
+    ds, k = ds_of(ds_buffers, n, ME % HALVES, 1, HALVES), tile(k_ring, 1)
+    return warpgroup_mma(ds.permute((1, 0)), dq_columns(k, ME, HALVES), dq, is_async=True)
+
+
+@gluon.jit
+def ds_of(ds_buffers, n, HALF: gl.constexpr, OWNER: gl.constexpr, HALVES: gl.constexpr):
+    """Where ds (64 keys of a consumer, 64 queries) of tile n lies."""
+    return ds_buffers.index((n % 2 * HALVES + HALF) * CONSUMERS + OWNER)
+
+
+@gluon.jit
+def dq_columns(k, ME: gl.constexpr, HALVES: gl.constexpr):
+    """The 64 columns of k for which this consumer computes dq: all there are, if consumers share its rows."""
+    return k.slice(0 if HALVES == 2 else ME * ROWS, ROWS, 1)
+
+
+@gluon.jit
+def step(
+    n, dk, dv, k, v, q_ring, k_ring, dout_ring, stats_ring, ds_buffers, dq_buffers, ready, dq_desc,
+    b, h, start_q, whole, offs_q, offs_k, scale_log2,
+    ME: gl.constexpr, HALVES: gl.constexpr, BRANCH: gl.constexpr,
+    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, BLOCK_D: gl.constexpr,
+):  # fmt: skip
+    """What tile n, the queries from start_q on, gives to dk, dv and dq."""
+    DTYPE: gl.constexpr = k.dtype
+    wait_for(q_ring, n)
+    s = start_product(k, half_tile(q_ring, n, 0).permute((1, 0)), ROWS, S_LAYOUT)
+    wait_for(dout_ring, n)
+    dp = start_product(v, half_tile(dout_ring, n, 0).permute((1, 0)), ROWS, S_LAYOUT)
+    wait_for(stats_ring, n)
+    for HALF in gl.static_range(HALVES):
+        if HALF + 1 < HALVES:
+            s_next = start_product(k, half_tile(q_ring, n, HALF + 1).permute((1, 0)), ROWS, S_LAYOUT)
+        s = warpgroup_mma_wait(HALVES, deps=(s,))
+        lse = statistic(stats_ring, n, HALF, 0, S_LAYOUT)
+        p = probabilities(s, lse, start_q + HALF * ROWS, whole, offs_q, offs_k, scale_log2, BRANCH)
+        p_rounded = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, O_LAYOUT, 2))
+        dv = warpgroup_mma(p_rounded, half_tile(dout_ring, n, HALF), dv, is_async=True)
+        if HALF + 1 < HALVES:
+            dp_next = start_product(v, half_tile(dout_ring, n, HALF + 1).permute((1, 0)), ROWS, S_LAYOUT)
+        if HALF == 0:
+            dp, p = warpgroup_mma_wait(2 * HALVES - 1, deps=(dp, p))
+            p_first = p_rounded
+        else:  # the first half's dv is done too, and has read its p
+            dp, p, p_first = warpgroup_mma_wait(1, deps=(dp, p, p_first))
+        ds = p * (dp - statistic(stats_ring, n, HALF, 1, S_LAYOUT))
+        ds_of(ds_buffers, n, HALF, ME, HALVES).store(ds.to(DTYPE))
+        if HALF + 1 < HALVES:
+            s, dp = s_next, dp_next
+    release(stats_ring, n)
+    fence_async_shared()  # the tensor cores must find ds written
+    mbarrier.arrive(ready.index(0), count=1)
+    mbarrier.wait(ready.index(0), n & 1)
+
+    dq = start_dq(ds_buffers, n, k_ring, ME, HALVES, S_LAYOUT)
+    for HALF in gl.static_range(HALVES):
+        ds = ds_of(ds_buffers, n, HALF, ME, HALVES)
+        dk = warpgroup_mma(ds, half_tile(q_ring, n, HALF), dk, is_async=True)
+    dq, dv, p_rounded = warpgroup_mma_wait(HALVES, deps=(dq, dv, p_rounded))
+    release(dout_ring, n)
+    add_dq(dq, dq_buffers.index(ME), dq_desc, b, h, start_q, ME, HALVES)
+    dk = warpgroup_mma_wait(0, deps=(dk,))
+    release(q_ring, n)
+    return dk, dv
+
+
+@gluon.jit
+def add_dq(dq, buffer, dq_desc, b, h, start_q, ME: gl.constexpr, HALVES: gl.constexpr):
+    """Have this consumer's part of dq added to the tensor, through a buffer of its own."""
+    tma.store_wait(0)  # what left through the buffer before has been read
+    buffer.reshape((ROWS, ROWS)).store(dq)
+    fence_async_shared()
+    if HALVES == 2:
+        tma_add(dq_desc, [b, h, start_q + ME * ROWS, 0], buffer)
+    else:
+        tma_add(dq_desc, [b, h, start_q, ME * ROWS], buffer)
+
+
+@gluon.jit
+def consume(
+    dk_desc, dv_desc, dq_desc, q_ring, k_ring, v_ring, dout_ring, stats_ring, ds_buffers, dq_buffers, ready,
+    b, h_kv, start_k, first_q, num_q, Tq, Tk, scale, scale_log2,
+    ME: gl.constexpr, GROUP: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_D: gl.constexpr, BRANCH: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of ROWS keys, and their part of dq."""
+    HALVES: gl.constexpr = BLOCK_Q // ROWS
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])  # of dq too
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    offs_q = gl.arange(0, ROWS, gl.SliceLayout(0, S_LAYOUT)) + (Tk - Tq)  # the last key that each sees, from 0 on
+    offs_k = start_k + ME * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
+    whole = start_k + CONSUMERS * ROWS - 1 - (Tk - Tq)
+    dk = gl.zeros((ROWS, BLOCK_D), gl.float32, O_LAYOUT)
+    dv = gl.zeros((ROWS, BLOCK_D), gl.float32, O_LAYOUT)
+    for consumer in gl.static_range(CONSUMERS):
+        wait_for(k_ring, consumer)
+    wait_for(v_ring, ME)
+    k, v = tile(k_ring, ME), tile(v_ring, ME)
+
+    h, start_q = h_kv * GROUP, first_q
+    for n in range(num_q * GROUP):
+        dk, dv = step(
+            n, dk, dv, k, v, q_ring, k_ring, dout_ring, stats_ring, ds_buffers, dq_buffers, ready,
+            dq_desc, b, h, start_q, whole, offs_q, offs_k, scale_log2,
+            ME, HALVES, BRANCH, S_LAYOUT, O_LAYOUT, BLOCK_D,
+        )  # fmt: skip
+        start_q += BLOCK_Q
+        if GROUP > 1:
+            h = gl.where(start_q < Tq, h, h + 1)
+            start_q = gl.where(start_q < Tq, start_q, first_q)
+
+    v.store(dv.to(v.dtype))  # v's tile is free, and k's once the other consumer has made its last dq: they leave there
+    mbarrier.arrive(ready.index(0), count=1)
+    mbarrier.wait(ready.index(0), num_q * GROUP & 1)
+    k.store((dk * scale).to(k.dtype))
+    fence_async_shared()
+    tma_store(dv_desc, [b, h_kv, start_k + ME * ROWS, 0], v_ring[0].index(ME))
+    tma_store(dk_desc, [b, h_kv, start_k + ME * ROWS, 0], k_ring[0].index(ME))
+    tma.store_wait(0)
+
+
+# ---- the kernel ------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def hopper_backward_kernel(
+    q_desc, k_desc, v_desc, dout_desc, stats_desc, dq_desc, dk_desc, dv_desc,
+    Hkv, Tq, Tk, num_heads, num_blocks, heads_per_section, scale, scale_log2,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr, BRANCH: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """dk, dv of one block of keys. The first block is seen by most queries, so blocks run in their order."""
+    block, bh = schedule(num_blocks, num_heads, heads_per_section)
+    b, h_kv = bh // Hkv, bh % Hkv
+    start_k = block * BLOCK_K
+    first_q = gl.maximum(start_k - (Tk - Tq), 0) // BLOCK_Q * BLOCK_Q
+    num_q = gl.cdiv(Tq - first_q, BLOCK_Q)
+
+    q_ring = allocate_ring(q_desc, STAGES, CONSUMERS)
+    k_ring = allocate_ring(k_desc, CONSUMERS, 1)
+    v_ring = allocate_ring(v_desc, CONSUMERS, 1)
+    dout_ring = allocate_ring(dout_desc, STAGES, CONSUMERS)
+    stats_ring = allocate_ring(stats_desc, STAGES, CONSUMERS)
+    DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    DS_TILES: gl.constexpr = 2 * CONSUMERS * (BLOCK_Q // ROWS)
+    ds_buffers = gl.allocate_shared_memory(k_desc.dtype, [DS_TILES, ROWS, ROWS], DS_LAYOUT)
+    dq_buffers = gl.allocate_shared_memory(gl.float32, [CONSUMERS, 1, 1, ROWS, ROWS], dq_desc.layout)
+    ready = allocate_barriers(1, CONSUMERS)
+    fence_async_shared()  # TMA must find the barriers initialized
+
+    FIRST: gl.constexpr = 0
+    SECOND: gl.constexpr = 1
+    gl.warp_specialize(
+        [
+            (consume, (dk_desc, dv_desc, dq_desc, q_ring, k_ring, v_ring, dout_ring, stats_ring, ds_buffers, dq_buffers,
+                       ready, b, h_kv, start_k, first_q, num_q, Tq, Tk, scale, scale_log2,
+                       FIRST, GROUP, BLOCK_Q, BLOCK_D, BRANCH)),
+            (consume, (dk_desc, dv_desc, dq_desc, q_ring, k_ring, v_ring, dout_ring, stats_ring, ds_buffers, dq_buffers,
+                       ready, b, h_kv, start_k, first_q, num_q, Tq, Tk, scale, scale_log2,
+                       SECOND, GROUP, BLOCK_Q, BLOCK_D, BRANCH)),
+            (produce, (q_desc, k_desc, v_desc, dout_desc, stats_desc, q_ring, k_ring, v_ring, dout_ring, stats_ring,
+                       b, h_kv, start_k, first_q, num_q, GROUP, BLOCK_Q)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
+
+
+# ---- on the host -----------------------------------------------------------------------------------------------------
+
+
+def hopper_backward(dout, dlse, q, k, v, out, lse, scale):
+    """Launch the backward: dq, dk, dv in the inputs' shapes, stored as (B, T, H, D). dlse (B, H, Tq) or None."""
+    B, H, Tq, D = q.shape
+    Hkv, Tk = k.shape[1], k.shape[2]
+    dq, dk, dv = (empty_heads(*x.shape, like=x) for x in (q, k, v))
+    if B == 0:
+        return dq, dk, dv
+    rows, block_d = ROWS.value, padded_head_dim(D)
+    block_q = rows * CONSUMERS.value * 64 // block_d
+    stats, dq_sum = prepare(dout, dlse, out, lse, block_q)
+    q, k, v, dout = (tma_readable(x) for x in (q, k, v, dout))
+    stages, branch = _tuning.HOPPER_BACKWARD[block_d]
+    num_blocks = triton.cdiv(Tk, BLOCK_K)
+    _runtime.launch(
+        hopper_backward_kernel, (num_blocks * B * Hkv,),
+        descriptor(q, block_q), descriptor(k, rows), descriptor(v, rows), descriptor(dout, block_q),
+        descriptor(stats, block_q // rows), descriptor(dq_sum, rows, rows), descriptor(dk, rows), descriptor(dv, rows),
+        Hkv, Tq, Tk, B * Hkv, num_blocks, heads_per_section(B * Hkv, q, 1, H // Hkv), scale, scale * LOG2_E,
+        BLOCK_Q=block_q, BLOCK_K=BLOCK_K, BLOCK_D=block_d, GROUP=H // Hkv, STAGES=stages, BRANCH=branch,
+        CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=REGISTERS,
+    )  # fmt: skip
+    block = 4096
+    _runtime.launch(
+        finish_kernel, (triton.cdiv(dq.numel(), block),),
+        dq_sum, dq, scale, dq.numel(), DTYPE=_runtime.TL_DTYPES[dq.dtype], BLOCK=block, num_warps=8,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def prepare(dout, dlse, out, lse, block_q):
+    """Launch the first kernel: stats (B, H, blocks of 64 queries, 2 * 64) and a dq (B, H, Tq, D) of zeros, in fp32."""
+    B, H, Tq, D = out.shape
+    rows = ROWS.value
+    num_blocks = triton.cdiv(Tq, block_q) * (block_q // rows)
+    stats = out.new_empty((B, H, num_blocks, 2 * rows), dtype=torch.float32)
+    dq_sum = empty_heads(B, H, Tq, D, like=out, dtype=torch.float32)
+    _runtime.launch(
+        prepare_kernel, (num_blocks * B * H,),
+        out, dout, lse, dlse, stats, dq_sum, *strides(out), *strides(dout), *strides(dq_sum), H, Tq, num_blocks,
+        HEAD_DIM=D, ROWS=rows, BLOCK_D=padded_head_dim(D), HAS_DLSE=dlse is not None, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return stats, dq_sum

@@ -1,0 +1,194 @@
+"""The Hopper backward in one pass, in the emulator: its numbers, its protocol, and that faults do not pass.
+
+Its machine code is checked by tests/test_compiled_kernels.py. On an H100, `pytest tests --attn
+kernels.attention.hopper:one_pass` runs it for real.
+"""
+
+import re
+
+import pytest
+import torch
+
+from kernels import _runtime, _tuning
+from kernels.attention import hopper
+from kernels.attention.backward import attention_backward
+from kernels.attention.forward import attention_forward
+from kernels.attention.hopper.backward import hopper_backward
+from tests.attention_cases import Call, check, make
+from tests.gluon_emulator import SCHEDULES, Emulator
+from tests.oracle import assert_matches
+
+fp16, bf16 = torch.float16, torch.bfloat16
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the emulator runs the kernel on CPU tensors"),
+]
+
+
+def emulated(schedule=SCHEDULES[0], edits=None):
+    """A context in which Hopper's kernels, forward and backward, run in the emulator."""
+    return _runtime.record_launches("sm_90", Emulator(schedule, edits))
+
+
+def draw(call):
+    """dout, q, k, v, and what the portable forward makes of them: out and lse."""
+    torch.manual_seed(0)
+    shapes = (call.H, call.Tq), (call.H, call.Tq), (call.Hkv, call.Tk), (call.Hkv, call.Tk)
+    dout, q, k, v = (make(call, heads, tokens, "cpu") for heads, tokens in shapes)
+    return dout, q, k, v, *attention_forward(q, k, v, 0.125)
+
+
+def gradients(dout, q, k, v, out, lse):
+    return hopper_backward(dout, None, q, k, v, out, lse, 0.125)
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+CALLS = [
+    Call(B=2, H=1, Hkv=1, Tq=1, Tk=1, D=64, dtype=bf16),
+    Call(H=2, Hkv=2, Tq=113, Tk=113, D=64, dtype=fp16),
+    Call(B=2, H=4, Hkv=2, Tq=200, Tk=200, D=128, dtype=bf16, layout="qkv"),
+    Call(H=3, Hkv=1, Tq=384, Tk=384, D=64, dtype=bf16),
+    Call(H=2, Hkv=1, Tq=129, Tk=700, D=128, dtype=fp16, layout="bhtd"),
+    Call(H=1, Hkv=1, Tq=1, Tk=300, D=64, dtype=bf16),
+    Call(H=1, Hkv=1, Tq=70, Tk=197, D=80, dtype=bf16, scale=0.3),
+    Call(H=2, Hkv=1, Tq=65, Tk=128, D=40, dtype=fp16, layout="odd"),  # TMA cannot read it: copied
+    Call(H=1, Hkv=1, Tq=130, Tk=130, D=8, dtype=bf16, layout="inner", magnitude=30.0),
+]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_gradients_of_out_and_lse(call):
+    with emulated(SCHEDULES[CALLS.index(call) % len(SCHEDULES)]):
+        check(call, "cpu", hopper.one_pass)
+
+
+@pytest.mark.parametrize("tile", [_tuning.HopperBackwardTile(1, True), _tuning.HopperBackwardTile(3, False)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_every_schedule_gives_the_same_bits(head_dim, tile, monkeypatch):
+    """Programs run one after the other here, so dq adds up in one order."""
+    monkeypatch.setitem(_tuning.HOPPER_BACKWARD, head_dim, tile)
+    inputs = draw(Call(H=2, Hkv=1, Tq=150, Tk=333, D=head_dim, dtype=bf16))
+    with emulated():
+        expected = gradients(*inputs)
+    for schedule in SCHEDULES[1:]:
+        with emulated(schedule):
+            found = gradients(*inputs)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), schedule
+
+
+def test_gradients_of_any_stride():
+    """out.sum().backward() delivers one expanded element."""
+    _, q, k, v, out, lse = draw(Call(H=1, Hkv=1, Tq=70, Tk=70, D=64, dtype=bf16))
+    q.requires_grad_()
+    with emulated():
+        found = torch.autograd.grad(hopper.one_pass(q, k, v).sum(), q)[0]
+    q = q.detach()
+    expected = attention_backward(torch.ones_like(out), None, q, k, v, out, lse, 0.125)[0]
+    assert_matches("dq", found, expected.double(), expected)
+
+
+def test_keys_get_nothing_from_queries_that_do_not_see_them():
+    dout, q, k, v, out, lse = draw(Call(H=1, Hkv=1, Tq=300, Tk=300, D=64, dtype=bf16))
+    dout[:, :, 41:] = 0.0
+    with emulated():
+        dq, dk, dv = gradients(dout, q, k, v, out, lse)
+    assert all((gradient[:, :, 41:] == 0).all() for gradient in (dq, dk, dv))
+    assert (dv[:, :, :41] != 0).any(-1).all()
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+READY = "    mbarrier.arrive(ready.index(0), count=1)\n    mbarrier.wait(ready.index(0), n & 1)\n"
+# what to run instead, and what the emulator or the error rule says: (piece of the source, replacement, complaint)
+FAULTS = {
+    "q not waited for": ("    wait_for(q_ring, n)", "    pass", "copy is on its way"),
+    "dout not waited for": ("    wait_for(dout_ring, n)", "    pass", "copy is on its way"),
+    "stats not waited for": ("    wait_for(stats_ring, n)", "    pass", "copy is on its way"),
+    "v not waited for": ("    wait_for(v_ring, ME)", "    pass", "copy is on its way"),
+    "q freed before dk is done": ("    dk = warpgroup_mma_wait(0, deps=(dk,))\n    release(q_ring, n)",
+                                  "    release(q_ring, n)\n    dk = warpgroup_mma_wait(0, deps=(dk,))",
+                                  "is being read"),
+    "dout freed before dv is done": ("    dq, dv, p_rounded = warpgroup_mma_wait(HALVES, deps=(dq, dv, p_rounded))\n"
+                                     "    release(dout_ring, n)",
+                                     "    release(dout_ring, n)\n    dq, dv, p_rounded = warpgroup_mma_wait(HALVES, "
+                                     "deps=(dq, dv, p_rounded))", "is being read"),
+    "stats never freed": ("    release(stats_ring, n)\n", "", "waits for parity"),
+    "scores used in flight": ("        s = warpgroup_mma_wait(HALVES, deps=(s,))\n", "", "without a wait"),
+    "a wait for scores that covers too little": ("warpgroup_mma_wait(HALVES, deps=(s,))",
+                                                 "warpgroup_mma_wait(HALVES + 1, deps=(s,))", "lets it be unfinished"),
+    "a wait for dp that covers too little": ("warpgroup_mma_wait(2 * HALVES - 1, deps=(dp, p))",
+                                             "warpgroup_mma_wait(2 * HALVES, deps=(dp, p))", "lets it be unfinished"),
+    "a wait for dq that covers too little": ("warpgroup_mma_wait(HALVES, deps=(dq, dv, p_rounded))",
+                                             "warpgroup_mma_wait(2 * HALVES, deps=(dq, dv, p_rounded))",
+                                             "lets it be unfinished"),
+    "ds not fenced": ("    fence_async_shared()  # the tensor", "    pass  #", "without a fence"),
+    "no waiting for the other consumer's ds": (READY, READY.splitlines()[0] + "\n",
+                                               "max error|without a fence|arrivals|nan"),
+    "the wrong phase of ready": ("mbarrier.wait(ready.index(0), n & 1)", "mbarrier.wait(ready.index(0), n & 1 ^ 1)",
+                                 "max error|without a fence|arrivals|nan"),
+    "one buffer of ds": ("(n % 2 * HALVES + HALF)", "HALF", "is being read|max error"),
+    "a buffer of dq not waited for": ("    tma.store_wait(0)  # what left", "    pass  #", "is being read"),
+    "dq not fenced": ("    buffer.reshape((ROWS, ROWS)).store(dq)\n    fence_async_shared()\n",
+                      "    buffer.reshape((ROWS, ROWS)).store(dq)\n", "without a fence"),
+    "dq stored, not added": ("tma_add(dq_desc, [b, h, start_q + ME * ROWS, 0]",
+                             "tma_store(dq_desc, [b, h, start_q + ME * ROWS, 0]", "max error"),
+    "dq of the same half twice": ("ds_of(ds_buffers, n, ME % HALVES, 1, HALVES)", "ds_of(ds_buffers, n, 0, 1, HALVES)",
+                                  "max error"),
+    "dq of one consumer's keys": ("    ds, k = ds_of(ds_buffers, n, ME % HALVES, 1, HALVES), tile(k_ring, 1)\n",
+                                  "    return dq\n", "max error"),
+    "dk leaves where k is still read": ("    mbarrier.wait(ready.index(0), num_q * GROUP & 1)\n", "", "is being read|max error"),
+    "out not fenced": ("    fence_async_shared()\n    tma_store", "    tma_store", "without a fence"),
+    "dk and dv not waited for": ("    tma.store_wait(0)", "    pass", "store on its way|is being read"),
+    "no mask": ("        if start_q < whole:", "        if False:", "max error"),
+    "a cut tile taken for a whole one": ("whole = start_k + CONSUMERS * ROWS - 1", "whole = start_k", "max error"),
+    "delta of the first half for both": ("statistic(stats_ring, n, HALF, 1, S_LAYOUT)",
+                                         "statistic(stats_ring, n, 0, 1, S_LAYOUT)", "max error"),
+    "lse for delta": ("statistic(stats_ring, n, HALF, 1, S_LAYOUT)", "statistic(stats_ring, n, HALF, 0, S_LAYOUT)",
+                      "max error"),
+    "heads that do not change": ("h = gl.where(start_q < Tq, h, h + 1)", "pass", "max error"),
+    "the first queries left out": ("first_q = gl.maximum(start_k - (Tk - Tq), 0) // BLOCK_Q * BLOCK_Q",
+                                   "first_q = gl.maximum(start_k - (Tk - Tq) + 127, 0) // BLOCK_Q * BLOCK_Q",
+                                   "max error"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_caught(fault):
+    """By one schedule at least: what is in time when all goes early may be late."""
+    old, new, complaint = FAULTS[fault]
+    inputs = draw(Call(H=2, Hkv=1, Tq=200, Tk=230, D=64, dtype=bf16))
+    expected = attention_backward(inputs[0], None, *inputs[1:], 0.125)
+    heard = []
+    for schedule in SCHEDULES:
+        try:
+            with emulated(schedule, {old: new}):
+                found = gradients(*inputs)
+            for name, got, want in zip(("dq", "dk", "dv"), found, expected, strict=True):
+                assert_matches(name, got, want.double(), want, scale=want.abs().max())
+        except AssertionError as error:
+            heard.append(str(error))
+            if complaint and re.search(complaint, heard[-1]):
+                return
+    raise AssertionError(heard or "it passes")
+
+
+# ---- the call --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("attend", "expected"), [(hopper.one_pass, "hopper_backward_kernel"), (hopper.causal_attention, "dkdv_kernel")]
+)
+def test_who_asks_for_the_same_bits_gets_the_portable_backward(attend, expected):
+    launched = []
+    _, q, k, v, *_ = draw(Call(H=1, Hkv=1, Tq=5, Tk=5, D=64, dtype=bf16))
+    with _runtime.record_launches("sm_90", lambda kernel, *_: launched.append(kernel.__name__)):
+        attend(q.requires_grad_(), k, v).sum().backward()
+    assert expected in launched and len({"hopper_backward_kernel", "dkdv_kernel"} & set(launched)) == 1
+
+
+def test_an_empty_batch_has_empty_gradients():
+    q, k, v = (torch.empty(0, 2, 5, 64, dtype=bf16, requires_grad=True) for _ in range(3))
+    with emulated():
+        hopper.one_pass(q, k, v).sum().backward()
+    assert all(x.grad.shape == (0, 2, 5, 64) for x in (q, k, v))
