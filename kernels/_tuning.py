@@ -172,16 +172,17 @@ class HopperTile(NamedTuple):
 
 
 class HopperBackwardTile(NamedTuple):
-    """How many tiles ahead the backward of attention/hopper loads, and whether it branches round the mask where nothing
-    is masked."""
+    """How many tiles of q, and of dout, the backward of attention/hopper keeps, and whether it branches round the mask
+    where nothing is masked."""
 
+    q_stages: int
     stages: int
     branch: bool
 
 
 # By padded head dimension.
 HOPPER = {64: HopperTile(128, 4), 128: HopperTile(128, 2)}
-HOPPER_BACKWARD = {64: HopperBackwardTile(2, True), 128: HopperBackwardTile(2, False)}
+HOPPER_BACKWARD = {64: HopperBackwardTile(3, 2, True), 128: HopperBackwardTile(2, 2, False)}
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

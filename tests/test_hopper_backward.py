@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kernels import _runtime, _tuning
+from kernels._tuning import HopperBackwardTile
 from kernels.attention import hopper
 from kernels.attention.backward import attention_backward
 from kernels.attention.forward import attention_forward
@@ -63,7 +64,7 @@ def test_gradients_of_out_and_lse(call):
         check(call, "cpu", hopper.one_pass)
 
 
-@pytest.mark.parametrize("tile", [_tuning.HopperBackwardTile(1, True), _tuning.HopperBackwardTile(3, False)], ids=str)
+@pytest.mark.parametrize("tile", [HopperBackwardTile(2, 1, True), HopperBackwardTile(3, 3, False)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_every_schedule_gives_the_same_bits(head_dim, tile, monkeypatch):
     """Programs run one after the other here, so dq adds up in one order."""
@@ -106,42 +107,52 @@ FAULTS = {
     "dout not waited for": ("    wait_for(dout_ring, n)", "    pass", "copy is on its way"),
     "stats not waited for": ("    wait_for(stats_ring, n)", "    pass", "copy is on its way"),
     "v not waited for": ("    wait_for(v_ring, ME)", "    pass", "copy is on its way"),
-    "q freed before dk is done": ("    dk = warpgroup_mma_wait(0, deps=(dk,))\n    release(q_ring, n)",
-                                  "    release(q_ring, n)\n    dk = warpgroup_mma_wait(0, deps=(dk,))",
+    "q freed before dk is done": ("    dk = warpgroup_mma_wait(BEHIND, deps=(dk,))\n    release(q_ring, n)",
+                                  "    release(q_ring, n)\n    dk = warpgroup_mma_wait(BEHIND, deps=(dk,))",
                                   "is being read"),
-    "dout freed before dv is done": ("    dq, dv, p_rounded = warpgroup_mma_wait(HALVES, deps=(dq, dv, p_rounded))\n"
-                                     "    release(dout_ring, n)",
-                                     "    release(dout_ring, n)\n    dq, dv, p_rounded = warpgroup_mma_wait(HALVES, "
-                                     "deps=(dq, dv, p_rounded))", "is being read"),
+    "dout freed before dv is done": ("    mbarrier.wait(ready.index(0), n & 1)\n\n    if HALVES == 2:\n"
+                                     "        dv, p = warpgroup_mma_wait(0, deps=(dv, p))",
+                                     "    mbarrier.wait(ready.index(0), n & 1)\n\n    if HALVES == 2:\n"
+                                     "        release(dout_ring, n)\n        dv, p = warpgroup_mma_wait(0, "
+                                     "deps=(dv, p))", "is being read"),
     "stats never freed": ("    release(stats_ring, n)\n", "", "waits for parity"),
-    "scores used in flight": ("        s = warpgroup_mma_wait(HALVES, deps=(s,))\n", "", "without a wait"),
-    "a wait for scores that covers too little": ("warpgroup_mma_wait(HALVES, deps=(s,))",
-                                                 "warpgroup_mma_wait(HALVES + 1, deps=(s,))", "lets it be unfinished"),
-    "a wait for dp that covers too little": ("warpgroup_mma_wait(2 * HALVES - 1, deps=(dp, p))",
-                                             "warpgroup_mma_wait(2 * HALVES, deps=(dp, p))", "lets it be unfinished"),
-    "a wait for dq that covers too little": ("warpgroup_mma_wait(HALVES, deps=(dq, dv, p_rounded))",
-                                             "warpgroup_mma_wait(2 * HALVES, deps=(dq, dv, p_rounded))",
+    "scores used in flight": ("    s = warpgroup_mma_wait(1 + BEHIND, deps=(s,))\n", "", "without a wait"),
+    "a wait for scores that covers too little": ("warpgroup_mma_wait(1 + BEHIND, deps=(s,))",
+                                                 "warpgroup_mma_wait(2 + BEHIND, deps=(s,))", "lets it be unfinished"),
+    "a wait for dp that covers too little": ("warpgroup_mma_wait(1 + BEHIND, deps=(dp, p))",
+                                             "warpgroup_mma_wait(2 + BEHIND, deps=(dp, p))", "lets it be unfinished"),
+    "a wait for dq that covers too little": ("warpgroup_mma_wait(HALVES + BEHIND, deps=(dq,))",
+                                             "warpgroup_mma_wait(HALVES + BEHIND + 1, deps=(dq,))",
                                              "lets it be unfinished"),
+    "products behind dq miscounted": ("h_before, start_before, ME, HALVES, 3)",
+                                      "h_before, start_before, ME, HALVES, 4)", "lets it be unfinished"),
+    "dv in flight": ("        dv, p = warpgroup_mma_wait(0, deps=(dv, p))  # with", "        pass  #", "wait"),
     "ds not fenced": ("    fence_async_shared()  # the tensor", "    pass  #", "without a fence"),
     "no waiting for the other consumer's ds": (READY, READY.splitlines()[0] + "\n",
-                                               "max error|without a fence|arrivals|nan"),
+                                               "max error|without a fence|arrivals|NaN"),
     "the wrong phase of ready": ("mbarrier.wait(ready.index(0), n & 1)", "mbarrier.wait(ready.index(0), n & 1 ^ 1)",
-                                 "max error|without a fence|arrivals|nan"),
-    "one buffer of ds": ("(n % 2 * HALVES + HALF)", "HALF", "is being read|max error"),
+                                 "max error|without a fence|arrivals|NaN"),
+    "one buffer of ds": ("(n % 2 * HALVES + HALF)", "HALF", "is being read|without a fence|max error"),
     "a buffer of dq not waited for": ("    tma.store_wait(0)  # what left", "    pass  #", "is being read"),
-    "dq not fenced": ("    buffer.reshape((ROWS, ROWS)).store(dq)\n    fence_async_shared()\n",
-                      "    buffer.reshape((ROWS, ROWS)).store(dq)\n", "without a fence"),
+    "dq not fenced": ("    dq_buffer.reshape((ROWS, ROWS)).store(dq)\n    fence_async_shared()\n",
+                      "    dq_buffer.reshape((ROWS, ROWS)).store(dq)\n", "without a fence"),
     "dq stored, not added": ("tma_add(dq_desc, [b, h, start_q + ME * ROWS, 0]",
                              "tma_store(dq_desc, [b, h, start_q + ME * ROWS, 0]", "max error"),
+    "dq of the next tile's queries": ("q_ring, dq_buffer, dq_desc, b, h_before, start_before, ME, HALVES, 3)",
+                                      "q_ring, dq_buffer, dq_desc, b, h, start_q, ME, HALVES, 3)", "max error"),
     "dq of the same half twice": ("ds_of(ds_buffers, n, ME % HALVES, 1, HALVES)", "ds_of(ds_buffers, n, 0, 1, HALVES)",
                                   "max error"),
-    "dq of one consumer's keys": ("    ds, k = ds_of(ds_buffers, n, ME % HALVES, 1, HALVES), tile(k_ring, 1)\n",
-                                  "    return dq\n", "max error"),
-    "dk leaves where k is still read": ("    mbarrier.wait(ready.index(0), num_q * GROUP & 1)\n", "", "is being read|max error"),
+    "dq of one consumer's keys": ("    dq = warpgroup_mma(ds.permute((1, 0)), dq_columns(k, ME, HALVES), dq, "
+                                  "is_async=True)\n", "", "max error|unfinished"),
+    "the last dq left out": ("        dk = finish_gradients(last_n, dq, dk, q_ring, dq_buffer, dq_desc, b, h, start_q, "
+                             "ME, HALVES, 0)", "        dk = warpgroup_mma_wait(0, deps=(dk,))", "max error"),
+    "dk leaves where k is still read": ("    mbarrier.wait(ready.index(0), num_q * GROUP & 1)\n", "",
+                                        "is being read|max error"),
     "out not fenced": ("    fence_async_shared()\n    tma_store", "    tma_store", "without a fence"),
     "dk and dv not waited for": ("    tma.store_wait(0)", "    pass", "store on its way|is being read"),
     "no mask": ("        if start_q < whole:", "        if False:", "max error"),
     "a cut tile taken for a whole one": ("whole = start_k + CONSUMERS * ROWS - 1", "whole = start_k", "max error"),
+    "the mask of the first half for both": ("    start_q += HALF * ROWS\n", "", "max error"),
     "delta of the first half for both": ("statistic(stats_ring, n, HALF, 1, S_LAYOUT)",
                                          "statistic(stats_ring, n, 0, 1, S_LAYOUT)", "max error"),
     "lse for delta": ("statistic(stats_ring, n, HALF, 1, S_LAYOUT)", "statistic(stats_ring, n, HALF, 0, S_LAYOUT)",
@@ -154,8 +165,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_caught(fault):
+def test_faults_are_caught(fault, monkeypatch):
     """By one schedule at least: what is in time when all goes early may be late."""
+    monkeypatch.setitem(_tuning.HOPPER_BACKWARD, 64, HopperBackwardTile(2, 2, True))
     old, new, complaint = FAULTS[fault]
     inputs = draw(Call(H=2, Hkv=1, Tq=200, Tk=230, D=64, dtype=bf16))
     expected = attention_backward(inputs[0], None, *inputs[1:], 0.125)

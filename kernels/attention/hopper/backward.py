@@ -4,21 +4,24 @@ Equations and names are ../backward.py's. There, dK/dV and dQ are two kernels th
 program owns 128 keys of one head, walks over the queries that see them, and adds what those keys give to dq in global
 memory: fp32 additions in the order in which programs come by, so that dq may differ in its last bits from run to run.
 
-Its warps part (ring.py). The producer loads k and v once and tiles of q, dout and stats, STAGES tiles ahead; each of
-the two consumers has 64 keys. A tile has BLOCK_Q queries, HALVES times 64: 128 of them at D = 64, 64 at D = 128. A
-consumer's step, with everything of size (keys, queries):
+Its warps part (ring.py). The producer loads k and v once and tiles of q, dout and stats ahead; each of the two
+consumers has 64 keys. A tile has BLOCK_Q queries, HALVES times 64: 128 of them at D = 64, 64 at D = 128. For 64 queries
+a consumer does, everything of size (keys, queries):
 
     s  = k q^T    starts          dp = v dout^T    starts behind it
-    wait for s;  p = exp2(s - lse)                                  while dp runs
+    wait for s;  p = exp2(s - lse)                                   while dp runs
     dv += p dout                  starts
-    wait for dp; ds = p (dp - delta), to shared memory              while dv runs
-    `ready`: both consumers have written their ds
-    dq = ds^T k, dk += ds q       start
-    wait for dq; it goes to shared memory, and from there TMA adds it to the tensor        while dk runs
+    wait for dp; ds = p (dp - delta), to shared memory               while dv runs
 
-With two halves, the second one's s and dp run behind the first one's. dq sums over the keys of both consumers, 64 x 64
-elements each: one takes the first half of the queries, the other the second (D = 64), or so with the columns (D = 128).
-ds has two buffers, so that the barrier `ready` also tells that the one before the last is free again.
+and once a tile, when the barrier `ready` says that both consumers have written their ds:
+
+    dq = ds^T k, dk += ds q       start
+    wait for dq; it goes to shared memory, and from there TMA adds it to the tensor         while dk runs
+
+At D = 64 registers are left for more: dq and dk of a tile start behind s and dp of the next, and run during its
+softmax. dq sums over the keys of both consumers, 64 x 64 elements for each of them to compute: half of the tile's
+queries (D = 64) or half of its columns (D = 128). ds has two buffers, so that `ready` also tells that the one before
+the last is free again.
 
 stats[b, h, t, :] holds lse to base 2 of queries 64 t ... 64 t + 63 and then their delta, both 0 past the end, where q
 and dout are read as 0: p is 1 there, and dp, ds and all that they give are 0. Three kernels in this order: prepare
@@ -156,12 +159,50 @@ def probabilities(s, lse, start_q, whole, offs_q, offs_k, scale_log2, BRANCH: gl
 
 
 @gluon.jit
-def start_dq(ds_buffers, n, k_ring, ME: gl.constexpr, HALVES: gl.constexpr, LAYOUT: gl.constexpr):
-    """This consumer's 64 x 64 elements of ds^T k, summed over the keys of both consumers, on their way."""
+def start_scores(n, k, q_ring, HALF: gl.constexpr, LAYOUT: gl.constexpr):
+    """k q^T of 64 queries of tile n, on its way."""
+    return start_product(k, half_tile(q_ring, n, HALF).permute((1, 0)), ROWS, LAYOUT)
+
+
+@gluon.jit
+def start_dp(n, v, dout_ring, HALF: gl.constexpr, LAYOUT: gl.constexpr):
+    """v dout^T of 64 queries of tile n, on its way."""
+    return start_product(v, half_tile(dout_ring, n, HALF).permute((1, 0)), ROWS, LAYOUT)
+
+
+@gluon.jit
+def start_gradients(
+    n, dk, q_ring, k_ring, ds_buffers, ME: gl.constexpr, HALVES: gl.constexpr, LAYOUT: gl.constexpr
+):  # fmt: skip
+    """This consumer's 64 x 64 elements of dq = ds^T k of tile n, summed over the keys of both consumers, and dk + ds q
+    of its own keys, on their way: 2 + HALVES products."""
     ds, k = ds_of(ds_buffers, n, ME % HALVES, 0, HALVES), tile(k_ring, 0)
     dq = start_product(ds.permute((1, 0)), dq_columns(k, ME, HALVES), ROWS, LAYOUT)
     ds, k = ds_of(ds_buffers, n, ME % HALVES, 1, HALVES), tile(k_ring, 1)
-    return warpgroup_mma(ds.permute((1, 0)), dq_columns(k, ME, HALVES), dq, is_async=True)
+    dq = warpgroup_mma(ds.permute((1, 0)), dq_columns(k, ME, HALVES), dq, is_async=True)
+    for HALF in gl.static_range(HALVES):
+        ds = ds_of(ds_buffers, n, HALF, ME, HALVES)
+        dk = warpgroup_mma(ds, half_tile(q_ring, n, HALF), dk, is_async=True)
+    return dq, dk
+
+
+@gluon.jit
+def finish_gradients(
+    n, dq, dk, q_ring, dq_buffer, dq_desc, b, h, start_q, ME: gl.constexpr, HALVES: gl.constexpr, BEHIND: gl.constexpr
+):  # fmt: skip
+    """Have dq of tile n, the queries from start_q on of head h, added to the tensor through a buffer of this
+    consumer's, and wait for dk. BEHIND: products on their way that were started after these."""
+    dq = warpgroup_mma_wait(HALVES + BEHIND, deps=(dq,))
+    tma.store_wait(0)  # what left through the buffer before has been read
+    dq_buffer.reshape((ROWS, ROWS)).store(dq)
+    fence_async_shared()
+    if HALVES == 2:
+        tma_add(dq_desc, [b, h, start_q + ME * ROWS, 0], dq_buffer)
+    else:
+        tma_add(dq_desc, [b, h, start_q, ME * ROWS], dq_buffer)
+    dk = warpgroup_mma_wait(BEHIND, deps=(dk,))
+    release(q_ring, n)
+    return dk
 
 
 @gluon.jit
@@ -177,65 +218,70 @@ def dq_columns(k, ME: gl.constexpr, HALVES: gl.constexpr):
 
 
 @gluon.jit
-def step(
-    n, dk, dv, k, v, q_ring, k_ring, dout_ring, stats_ring, ds_buffers, dq_buffers, ready, dq_desc,
-    b, h, start_q, whole, offs_q, offs_k, scale_log2,
-    ME: gl.constexpr, HALVES: gl.constexpr, BRANCH: gl.constexpr,
-    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, BLOCK_D: gl.constexpr,
+def attend(
+    n, s, dp, dv, dout_ring, stats_ring, ds_buffers, start_q, whole, offs_q, offs_k, scale_log2,
+    HALF: gl.constexpr, BEHIND: gl.constexpr, ME: gl.constexpr, HALVES: gl.constexpr, BRANCH: gl.constexpr,
+    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """What tile n, the queries from start_q on, gives to dk, dv and dq."""
-    DTYPE: gl.constexpr = k.dtype
+    """dv with what 64 queries of tile n give to it, on its way, and p as that product reads it; their ds goes to shared
+    memory. s and dp are on their way too, with BEHIND products started after them."""
+    DTYPE: gl.constexpr = dout_ring[0].dtype
+    start_q += HALF * ROWS
+    s = warpgroup_mma_wait(1 + BEHIND, deps=(s,))
+    lse = statistic(stats_ring, n, HALF, 0, S_LAYOUT)
+    p = probabilities(s, lse, start_q, whole, offs_q, offs_k, scale_log2, BRANCH)
+    p_rounded = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, O_LAYOUT, 2))
+    dv = warpgroup_mma(p_rounded, half_tile(dout_ring, n, HALF), dv, is_async=True)
+    dp, p = warpgroup_mma_wait(1 + BEHIND, deps=(dp, p))
+    ds = p * (dp - statistic(stats_ring, n, HALF, 1, S_LAYOUT))
+    ds_of(ds_buffers, n, HALF, ME, HALVES).store(ds.to(DTYPE))
+    return dv, p_rounded
+
+
+@gluon.jit
+def step(
+    n, dk, dv, k, v, q_ring, k_ring, dout_ring, stats_ring, ds_buffers, dq_buffer, ready, dq_desc,
+    b, h, start_q, h_before, start_before, whole, offs_q, offs_k, scale_log2,
+    BEFORE: gl.constexpr, ME: gl.constexpr, HALVES: gl.constexpr, BRANCH: gl.constexpr,
+    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """What tile n, the queries from start_q on of head h, gives to dv, and its ds. With one half also its dq and dk;
+    with two, whose tiles are small, registers let dq and dk of the tile BEFORE run during this one's softmax."""
     wait_for(q_ring, n)
-    s = start_product(k, half_tile(q_ring, n, 0).permute((1, 0)), ROWS, S_LAYOUT)
+    s = start_scores(n, k, q_ring, 0, S_LAYOUT)
     wait_for(dout_ring, n)
-    dp = start_product(v, half_tile(dout_ring, n, 0).permute((1, 0)), ROWS, S_LAYOUT)
+    dp = start_dp(n, v, dout_ring, 0, S_LAYOUT)
+    if BEFORE:
+        dq, dk = start_gradients(n - 1, dk, q_ring, k_ring, ds_buffers, ME, HALVES, S_LAYOUT)
     wait_for(stats_ring, n)
-    for HALF in gl.static_range(HALVES):
-        if HALF + 1 < HALVES:
-            s_next = start_product(k, half_tile(q_ring, n, HALF + 1).permute((1, 0)), ROWS, S_LAYOUT)
-        s = warpgroup_mma_wait(HALVES, deps=(s,))
-        lse = statistic(stats_ring, n, HALF, 0, S_LAYOUT)
-        p = probabilities(s, lse, start_q + HALF * ROWS, whole, offs_q, offs_k, scale_log2, BRANCH)
-        p_rounded = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, O_LAYOUT, 2))
-        dv = warpgroup_mma(p_rounded, half_tile(dout_ring, n, HALF), dv, is_async=True)
-        if HALF + 1 < HALVES:
-            dp_next = start_product(v, half_tile(dout_ring, n, HALF + 1).permute((1, 0)), ROWS, S_LAYOUT)
-        if HALF == 0:
-            dp, p = warpgroup_mma_wait(2 * HALVES - 1, deps=(dp, p))
-            p_first = p_rounded
-        else:  # the first half's dv is done too, and has read its p
-            dp, p, p_first = warpgroup_mma_wait(1, deps=(dp, p, p_first))
-        ds = p * (dp - statistic(stats_ring, n, HALF, 1, S_LAYOUT))
-        ds_of(ds_buffers, n, HALF, ME, HALVES).store(ds.to(DTYPE))
-        if HALF + 1 < HALVES:
-            s, dp = s_next, dp_next
+    dv, p = attend(
+        n, s, dp, dv, dout_ring, stats_ring, ds_buffers, start_q, whole, offs_q, offs_k, scale_log2,
+        0, 4 if BEFORE else 0, ME, HALVES, BRANCH, S_LAYOUT, O_LAYOUT,
+    )  # fmt: skip
+    if HALVES == 2:
+        s = start_scores(n, k, q_ring, 1, S_LAYOUT)
+        dp = start_dp(n, v, dout_ring, 1, S_LAYOUT)
+        if BEFORE:
+            dk = finish_gradients(n - 1, dq, dk, q_ring, dq_buffer, dq_desc, b, h_before, start_before, ME, HALVES, 3)
+        s, p = warpgroup_mma_wait(1, deps=(s, p))  # dv of the first half is done, and has read its p
+        dv, p = attend(
+            n, s, dp, dv, dout_ring, stats_ring, ds_buffers, start_q, whole, offs_q, offs_k, scale_log2,
+            1, 0, ME, HALVES, BRANCH, S_LAYOUT, O_LAYOUT,
+        )  # fmt: skip
     release(stats_ring, n)
     fence_async_shared()  # the tensor cores must find ds written
     mbarrier.arrive(ready.index(0), count=1)
     mbarrier.wait(ready.index(0), n & 1)
 
-    dq = start_dq(ds_buffers, n, k_ring, ME, HALVES, S_LAYOUT)
-    for HALF in gl.static_range(HALVES):
-        ds = ds_of(ds_buffers, n, HALF, ME, HALVES)
-        dk = warpgroup_mma(ds, half_tile(q_ring, n, HALF), dk, is_async=True)
-    dq, dv, p_rounded = warpgroup_mma_wait(HALVES, deps=(dq, dv, p_rounded))
-    release(dout_ring, n)
-    add_dq(dq, dq_buffers.index(ME), dq_desc, b, h, start_q, ME, HALVES)
-    dk = warpgroup_mma_wait(0, deps=(dk,))
-    release(q_ring, n)
-    return dk, dv
-
-
-@gluon.jit
-def add_dq(dq, buffer, dq_desc, b, h, start_q, ME: gl.constexpr, HALVES: gl.constexpr):
-    """Have this consumer's part of dq added to the tensor, through a buffer of its own."""
-    tma.store_wait(0)  # what left through the buffer before has been read
-    buffer.reshape((ROWS, ROWS)).store(dq)
-    fence_async_shared()
     if HALVES == 2:
-        tma_add(dq_desc, [b, h, start_q + ME * ROWS, 0], buffer)
+        dv, p = warpgroup_mma_wait(0, deps=(dv, p))  # with one in flight from step to step, ptxas serializes them all
+        release(dout_ring, n)
     else:
-        tma_add(dq_desc, [b, h, start_q, ME * ROWS], buffer)
+        dq, dk = start_gradients(n, dk, q_ring, k_ring, ds_buffers, ME, HALVES, S_LAYOUT)
+        dv, p = warpgroup_mma_wait(3, deps=(dv, p))
+        release(dout_ring, n)
+        dk = finish_gradients(n, dq, dk, q_ring, dq_buffer, dq_desc, b, h, start_q, ME, HALVES, 0)
+    return dk, dv
 
 
 @gluon.jit
@@ -257,18 +303,31 @@ def consume(
         wait_for(k_ring, consumer)
     wait_for(v_ring, ME)
     k, v = tile(k_ring, ME), tile(v_ring, ME)
+    v_operand = v.load(gl.DotOperandLayout(0, S_LAYOUT, 2)) if HALVES == 2 else v  # spares shared memory its reads
+    dq_buffer = dq_buffers.index(ME)
 
-    h, start_q = h_kv * GROUP, first_q
-    for n in range(num_q * GROUP):
+    h, start_q, first_n, last_n = h_kv * GROUP, first_q - BLOCK_Q, 0, num_q * GROUP - 1
+    if HALVES == 2:
+        first_n, start_q = 1, first_q
         dk, dv = step(
-            n, dk, dv, k, v, q_ring, k_ring, dout_ring, stats_ring, ds_buffers, dq_buffers, ready,
-            dq_desc, b, h, start_q, whole, offs_q, offs_k, scale_log2,
-            ME, HALVES, BRANCH, S_LAYOUT, O_LAYOUT, BLOCK_D,
+            0, dk, dv, k, v_operand, q_ring, k_ring, dout_ring, stats_ring, ds_buffers, dq_buffer, ready, dq_desc,
+            b, h, start_q, h, start_q, whole, offs_q, offs_k, scale_log2,
+            False, ME, HALVES, BRANCH, S_LAYOUT, O_LAYOUT,
         )  # fmt: skip
+    for n in range(first_n, last_n + 1):
+        h_before, start_before = h, start_q
         start_q += BLOCK_Q
         if GROUP > 1:
             h = gl.where(start_q < Tq, h, h + 1)
             start_q = gl.where(start_q < Tq, start_q, first_q)
+        dk, dv = step(
+            n, dk, dv, k, v_operand, q_ring, k_ring, dout_ring, stats_ring, ds_buffers, dq_buffer, ready, dq_desc,
+            b, h, start_q, h_before, start_before, whole, offs_q, offs_k, scale_log2,
+            HALVES == 2, ME, HALVES, BRANCH, S_LAYOUT, O_LAYOUT,
+        )  # fmt: skip
+    if HALVES == 2:
+        dq, dk = start_gradients(last_n, dk, q_ring, k_ring, ds_buffers, ME, HALVES, S_LAYOUT)
+        dk = finish_gradients(last_n, dq, dk, q_ring, dq_buffer, dq_desc, b, h, start_q, ME, HALVES, 0)
 
     v.store(dv.to(v.dtype))  # v's tile is free, and k's once the other consumer has made its last dq: they leave there
     mbarrier.arrive(ready.index(0), count=1)
@@ -288,7 +347,7 @@ def hopper_backward_kernel(
     q_desc, k_desc, v_desc, dout_desc, stats_desc, dq_desc, dk_desc, dv_desc,
     Hkv, Tq, Tk, num_heads, num_blocks, heads_per_section, scale, scale_log2,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, GROUP: gl.constexpr,
-    STAGES: gl.constexpr, BRANCH: gl.constexpr,
+    Q_STAGES: gl.constexpr, STAGES: gl.constexpr, BRANCH: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dk, dv of one block of keys. The first block is seen by most queries, so blocks run in their order."""
@@ -298,7 +357,7 @@ def hopper_backward_kernel(
     first_q = gl.maximum(start_k - (Tk - Tq), 0) // BLOCK_Q * BLOCK_Q
     num_q = gl.cdiv(Tq - first_q, BLOCK_Q)
 
-    q_ring = allocate_ring(q_desc, STAGES, CONSUMERS)
+    q_ring = allocate_ring(q_desc, Q_STAGES, CONSUMERS)
     k_ring = allocate_ring(k_desc, CONSUMERS, 1)
     v_ring = allocate_ring(v_desc, CONSUMERS, 1)
     dout_ring = allocate_ring(dout_desc, STAGES, CONSUMERS)
@@ -342,14 +401,15 @@ def hopper_backward(dout, dlse, q, k, v, out, lse, scale):
     block_q = rows * CONSUMERS.value * 64 // block_d
     stats, dq_sum = prepare(dout, dlse, out, lse, block_q)
     q, k, v, dout = (tma_readable(x) for x in (q, k, v, dout))
-    stages, branch = _tuning.HOPPER_BACKWARD[block_d]
+    row = _tuning.HOPPER_BACKWARD[block_d]
     num_blocks = triton.cdiv(Tk, BLOCK_K)
     _runtime.launch(
         hopper_backward_kernel, (num_blocks * B * Hkv,),
         descriptor(q, block_q), descriptor(k, rows), descriptor(v, rows), descriptor(dout, block_q),
         descriptor(stats, block_q // rows), descriptor(dq_sum, rows, rows), descriptor(dk, rows), descriptor(dv, rows),
         Hkv, Tq, Tk, B * Hkv, num_blocks, heads_per_section(B * Hkv, q, 1, H // Hkv), scale, scale * LOG2_E,
-        BLOCK_Q=block_q, BLOCK_K=BLOCK_K, BLOCK_D=block_d, GROUP=H // Hkv, STAGES=stages, BRANCH=branch,
+        BLOCK_Q=block_q, BLOCK_K=BLOCK_K, BLOCK_D=block_d, GROUP=H // Hkv,
+        Q_STAGES=row.q_stages, STAGES=row.stages, BRANCH=row.branch,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     block = 4096
