@@ -276,7 +276,7 @@ class Emulator:
             kernel[grid](*args, **constexprs)
             return
         function = self.function(kernel.fn)
-        args = [self.argument(x) for x in args]
+        args, self.grid = [self.argument(x) for x in args], grid
         for self.program in itertools.product(*map(range, grid)):
             self.partitions, self.copies, self.buffers, self.stopped = [], [], [], False
             self.barriers = itertools.count()
@@ -418,9 +418,10 @@ class Emulator:
         self.pause()
         barrier.arrive(expected_bytes=number)
 
-    def arrive(self, barrier, count=1):
-        self.pause()
-        barrier.arrive(count)
+    def arrive(self, barrier, count=1, pred=True):
+        if pred:
+            self.pause()
+            barrier.arrive(count)
 
     def wait(self, barrier, parity, pred=True):
         if pred:
@@ -473,7 +474,8 @@ class Emulator:
         nothing = lambda *args, **options: None  # noqa: E731
         language = types.SimpleNamespace(
             float32=torch.float32, int64=torch.int64, static_range=range, cast=lambda x, dtype: int(x),
-            program_id=lambda axis: self.program[axis], minimum=min, cdiv=lambda a, b: -(-a // b),
+            minimum=min, cdiv=lambda a, b: -(-a // b),
+            program_id=lambda axis: self.program[axis], num_programs=lambda axis: self.grid[axis],
             arange=lambda start, end, layout: torch.arange(start, end),
             full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),

@@ -83,7 +83,7 @@ def test_overlapped_forward_multiplies_during_its_softmax(sample_rows):
 
 @pytest.mark.parametrize(("case", "in_step"), [("hopper-bf16-d64", 0.52), ("hopper-bf16-d128", 0.78)])
 def test_hopper_forward_multiplies_values_during_its_softmax(sample_rows, case, in_step):
-    """0.55 and 0.84 with Triton 3.7.1, turns not counted; 0.44 and 0.61 where ptxas moves the softmax behind the wait
+    """0.54 and 0.83 with Triton 3.7.1, turns not counted; 0.44 and 0.61 where ptxas moves the softmax behind the wait
     for the values."""
     row = next(r for r in sample_rows if (r["case"], r["kernel"]) == (case, "hopper_forward_kernel"))
     assert row["redundancy"] == 1.0 and row["peak_share"] > 0.95
@@ -91,9 +91,9 @@ def test_hopper_forward_multiplies_values_during_its_softmax(sample_rows, case, 
     assert row["programs_per_sm"] == 1, "384 threads of 168 registers: all there are"
 
 
-@pytest.mark.parametrize(("case", "in_step"), [("hopper-bf16-d64", 0.68), ("hopper-bf16-d128", 0.82)])
+@pytest.mark.parametrize(("case", "in_step"), [("hopper-bf16-d64", 0.78), ("hopper-bf16-d128", 0.82)])
 def test_hopper_backward_multiplies_during_its_softmax(sample_rows, case, in_step):
-    """Five products: 0.72 and 0.87 with Triton 3.7.1. ptxas makes every wgmma wait for the one before where one is left
+    """Five products: 0.82 and 0.87 with Triton 3.7.1. ptxas makes every wgmma wait for the one before where one is left
     in flight from step to step."""
     row = next(r for r in sample_rows if (r["case"], r["kernel"]) == (case, "hopper_backward_kernel"))
     assert row["redundancy"] == 1.0 and row["cycles_tensor"] == 2560, "of 128 x 128 x 64 or 64 x 128 x 128"

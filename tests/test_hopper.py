@@ -104,9 +104,9 @@ def test_the_future_is_not_seen():
 
 # what to run instead, and what the emulator or the error rule says: (piece of the source, replacement, complaint)
 FAULTS = {
-    "k not waited for": ("    wait_for(k_ring, n + 1, n + 1 < num_k)", "    pass", "copy is on its way"),
+    "k not waited for": ("    wait_for(k_ring, n + block + 1, block + 1 < num_k)", "    pass", "copy is on its way"),
     "v not waited for": ("    wait_for(v_ring, n)", "    pass", "copy is on its way"),
-    "q not waited for": ("    wait_for(q_ring, ME)", "    pass", "copy is on its way"),
+    "q not waited for": ("    wait_for(q_ring, i * CONSUMERS + ME)", "    pass", "copy is on its way"),
     "no wait for a free slot": ("mbarrier.wait(empty.index(slot), parity ^ 1)", "pass", "arrivals"),
     "the wrong phase of a free slot": ("mbarrier.wait(empty.index(slot), parity ^ 1)",
                                        "mbarrier.wait(empty.index(slot), parity)", "waits for parity"),
@@ -114,28 +114,32 @@ FAULTS = {
                                        "mbarrier.wait(full.index(slot), parity ^ 1,", "copy is on its way"),
     "a slot freed by one consumer": ("allocate_barriers(SLOTS, READERS)", "allocate_barriers(SLOTS, 1)",
                                      "is being read"),
-    "k never freed": ("    s = warpgroup_mma_wait(1, deps=(s,))\n    release(k_ring, n)\n",
-                      "    s = warpgroup_mma_wait(1, deps=(s,))\n", "waits for parity"),
-    "k freed before its product is done": ("    s = warpgroup_mma_wait(1, deps=(s,))\n    release(k_ring, n)\n",
-                                           "    release(k_ring, n)\n    s = warpgroup_mma_wait(1, deps=(s,))\n",
-                                           "is being read"),
-    "v freed before its product is done": ("    acc, p = warpgroup_mma_wait(0, deps=(acc, p))\n    release(v_ring",
-                                           "    release(v_ring, n - 1)\n    acc, p = warpgroup_mma_wait(0, "
-                                           "deps=(acc, p))\n    pass #", "is being read"),
+    "k never freed": ("    release(k_ring, n + block)\n", "", "waits for parity"),
+    "k freed before its product is done": ("    s = warpgroup_mma_wait(1, deps=(s,))\n    release(k_ring, n + block)\n",
+                                           "    release(k_ring, n + block)\n"
+                                           "    s = warpgroup_mma_wait(1, deps=(s,))\n", "is being read"),
+    "v freed before its product is done": ("    acc, p = warpgroup_mma_wait(0, deps=(acc, p))\n"
+                                           "    release(v_ring, n + block - 1)",
+                                           "    release(v_ring, n + block - 1)\n"
+                                           "    acc, p = warpgroup_mma_wait(0, deps=(acc, p))", "is being read"),
+    "q never freed": ("    release(q_ring, (i - 1) * CONSUMERS + ME, i > 0)\n", "", "waits for parity"),
+    "q freed while out leaves through it": ("    tma.store_wait(0)  # the out before", "    pass  #", "is being read"),
+    "q of the tile before": ("    q = tile(q_ring, i * CONSUMERS + ME)\n    wait_for(k_ring, n)",
+                             "    q = tile(q_ring, ME)\n    wait_for(k_ring, n)", "max error|on its way|written"),
     "scores used in flight": ("    s = warpgroup_mma_wait(1, deps=(s,))\n", "", "without a wait"),
     "a wait that covers too little": ("warpgroup_mma_wait(1, deps=(s,))", "warpgroup_mma_wait(2, deps=(s,))",
                                       "lets it be unfinished"),
-    "turns without phases": ("(n - 1 & 1) ^ (1 - ME)", "1 - ME", "waits for parity"),
+    "turns without phases": ("(n + block & 1) ^ (1 - ME)", "1 - ME", "waits for parity"),
     "turns not passed on": ("mbarrier.arrive(turn.index(1 - ME), count=1)", "pass", "waits for parity"),
     "bytes miscounted": ("desc.block_type.nbytes)", "desc.block_type.nbytes // 2)", "waits for parity"),
-    "out not fenced": ("    fence_async_shared()\n    tma_store", "    tma_store", "without a fence"),
-    "out not waited for": ("    tma.store_wait(0)", "    pass", "store on its way"),
+    "out not fenced": ("        fence_async_shared()\n        slot", "        slot", "without a fence"),
+    "out not waited for": ("    tma.store_wait(0)", "    pass", "store on its way|is being read"),
     "no mask": ("    if MASKED:", "    if False:", "max error"),
     "a masked block taken for a whole one": ("whole = gl.minimum(gl.maximum(", "whole = num_k  # (", "max error"),
     "acc not rescaled": ("m, l, acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]", "m, l, acc",
                          "max error"),
-    "values of the next block": ("start_values(p, acc, v_ring, n - 1,", "start_values(p, acc, v_ring, n,",
-                                 "max error"),
+    "values of the next block": ("start_values(p, acc, v_ring, n + block - 1,",
+                                 "start_values(p, acc, v_ring, n + block,", "max error"),
 }  # fmt: skip
 
 
@@ -143,8 +147,9 @@ FAULTS = {
 def test_faults_are_caught(fault, monkeypatch):
     """By one schedule at least: what is in time when all goes early may be late."""
     monkeypatch.setitem(_tuning.HOPPER, 64, FAST)
+    monkeypatch.setattr(_runtime, "multiprocessors", lambda device: 1)  # a program with four tiles
     old, new, complaint = FAULTS[fault]
-    inputs = draw(Call(H=1, Hkv=1, Tq=130, Tk=170, D=64, dtype=bf16))
+    inputs = draw(Call(H=2, Hkv=1, Tq=130, Tk=170, D=64, dtype=bf16))
     ref, eager = reference.causal_attention(*(x.double() for x in inputs)), reference.causal_attention(*inputs)
     heard = []
     for schedule in SCHEDULES:

@@ -116,7 +116,7 @@ def dkdv_kernel(
     DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of one block of keys. The first block is seen by most queries, so blocks run in their order."""
-    block, bh_kv = schedule(num_blocks, num_heads, heads_per_section)
+    block, bh_kv = schedule(tl.program_id(0), num_blocks, num_heads, heads_per_section)
     b, h_kv = bh_kv // Hkv, bh_kv % Hkv
     start_k = block * BLOCK_K
     offs_k = start_k + tl.arange(0, BLOCK_K)
@@ -195,7 +195,7 @@ def dq_kernel(
     DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries, heaviest (last) blocks first."""
-    block, bh = schedule(num_blocks, num_heads, heads_per_section)
+    block, bh = schedule(tl.program_id(0), num_blocks, num_heads, heads_per_section)
     b, h = bh // H, bh % H
     h_kv = h // GROUP
     start_q = (num_blocks - 1 - block) * BLOCK_Q

@@ -142,7 +142,7 @@ def attention_forward_kernel(
     ONE_LOOP: tl.constexpr, OVERLAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    block, bh = schedule(num_blocks, num_heads, heads_per_section)
+    block, bh = schedule(tl.program_id(0), num_blocks, num_heads, heads_per_section)
     b, h = bh // H, bh % H
     h_kv = h // GROUP
     start_q = (num_blocks - 1 - block) * BLOCK_Q

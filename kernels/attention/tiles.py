@@ -25,10 +25,9 @@ L2_BYTES_FOR_KV = 24 * 2**20  # about half of an A100's or H100's L2
 
 
 @triton.jit
-def schedule(num_blocks, num_heads, heads_per_section):
+def schedule(pid, num_blocks, num_heads, heads_per_section):
     """Program -> (block, batch-and-head). Sections of heads whose keys and values fit in L2 run one after the other;
     inside one, block 0 of every head comes first."""
-    pid = tl.program_id(0)
     section = pid // (num_blocks * heads_per_section)
     first_head = section * heads_per_section
     heads = tl.minimum(heads_per_section, num_heads - first_head)

@@ -351,7 +351,7 @@ def hopper_backward_kernel(
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dk, dv of one block of keys. The first block is seen by most queries, so blocks run in their order."""
-    block, bh = schedule(num_blocks, num_heads, heads_per_section)
+    block, bh = schedule(gl.program_id(0), num_blocks, num_heads, heads_per_section)
     b, h_kv = bh // Hkv, bh % Hkv
     start_k = block * BLOCK_K
     first_q = gl.maximum(start_k - (Tk - Tq), 0) // BLOCK_Q * BLOCK_Q

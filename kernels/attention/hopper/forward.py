@@ -42,6 +42,7 @@ from kernels.attention.hopper.ring import (
     descriptor,
     load,
     padded_head_dim,
+    place,
     release,
     schedule,
     start_product,
@@ -55,19 +56,50 @@ from kernels.attention.tiles import LOG2_E, empty_heads, heads_per_section
 LN_2 = gl.constexpr(0.6931471805599453)
 
 
+# ---- which tile is when ----------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def number_of_tiles(num_blocks, num_heads):
+    """How many of all tiles this program takes: every num_programs-th."""
+    return gl.cdiv(num_blocks * num_heads - gl.program_id(0), gl.num_programs(0))
+
+
+@gluon.jit
+def tile_at(
+    i, Tq, Tk, num_heads, num_blocks, heads_per_section, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr
+):  # fmt: skip
+    """Batch-and-head, first query and blocks of keys of this program's tile i; those with most keys come first."""
+    t = gl.program_id(0) + i * gl.num_programs(0)
+    block, bh = schedule(t, num_blocks, num_heads, heads_per_section)
+    start_q = (num_blocks - 1 - block) * BLOCK_Q
+    num_k = gl.cdiv(gl.minimum(start_q + BLOCK_Q, Tq) + (Tk - Tq), BLOCK_K)
+    return bh, start_q, num_k
+
+
 # ---- the producer ----------------------------------------------------------------------------------------------------
 
 
 @gluon.jit
-def produce(q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, b, h, h_kv, start_q, num_k, BLOCK_K: gl.constexpr):
-    """Load q once, then k and v in the order in which the consumers ask for them: k_0, k_1, v_0, k_2, v_1, ..."""
-    for consumer in gl.static_range(CONSUMERS):
-        load(q_ring, consumer, q_desc, b, h, start_q + consumer * ROWS)
-    load(k_ring, 0, k_desc, b, h_kv, 0)
-    for n in range(1, num_k):
-        load(k_ring, n, k_desc, b, h_kv, n * BLOCK_K)
-        load(v_ring, n - 1, v_desc, b, h_kv, (n - 1) * BLOCK_K)
-    load(v_ring, num_k - 1, v_desc, b, h_kv, (num_k - 1) * BLOCK_K)
+def produce(
+    q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, H, GROUP, Tq, Tk, num_heads, num_blocks, heads_per_section,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """For each tile load q, then k and v in the order in which the consumers ask for them: k_0, k_1, v_0, k_2, v_1...
+    q has room for two tiles: the next one's is loaded, and its first k and v, while the consumers end this one."""
+    n = 0  # blocks of keys loaded so far
+    for i in range(number_of_tiles(num_blocks, num_heads)):
+        bh, start_q, num_k = tile_at(i, Tq, Tk, num_heads, num_blocks, heads_per_section, BLOCK_Q, BLOCK_K)
+        b, h = bh // H, bh % H
+        h_kv = h // GROUP
+        for consumer in gl.static_range(CONSUMERS):
+            load(q_ring, i * CONSUMERS + consumer, q_desc, b, h, start_q + consumer * ROWS)
+        load(k_ring, n, k_desc, b, h_kv, 0)
+        for block in range(1, num_k):
+            load(k_ring, n + block, k_desc, b, h_kv, block * BLOCK_K)
+            load(v_ring, n + block - 1, v_desc, b, h_kv, (block - 1) * BLOCK_K)
+        load(v_ring, n + num_k - 1, v_desc, b, h_kv, (num_k - 1) * BLOCK_K)
+        n += num_k
 
 
 # ---- a consumer ------------------------------------------------------------------------------------------------------
@@ -95,73 +127,102 @@ def start_values(p, acc, v_ring, n, DTYPE: gl.constexpr, O_LAYOUT: gl.constexpr)
 
 @gluon.jit
 def step(
-    n, num_k, p, m, l, acc, q, k_ring, v_ring, turn, offs_q, offs_k, scale_log2,
+    block, num_k, n, p, m, l, acc, q, k_ring, v_ring, turn, offs_q, offs_k, scale_log2,
     MASKED: gl.constexpr, ME: gl.constexpr, TURNS: gl.constexpr,
     S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
-    """Scores and softmax of block n, values of block n - 1. k_n has landed."""
+    """Scores and softmax of a block, values of the one before. n + block is its place in the ring; its k has landed."""
     if TURNS:
-        mbarrier.wait(turn.index(ME), (n - 1 & 1) ^ (1 - ME))  # consumer 0 begins
-    s = start_product(q, tile(k_ring, n).permute((1, 0)), BLOCK_K, S_LAYOUT)
-    acc, p = start_values(p, acc, v_ring, n - 1, q.dtype, O_LAYOUT)
+        mbarrier.wait(turn.index(ME), (n + block & 1) ^ (1 - ME))
+    s = start_product(q, tile(k_ring, n + block).permute((1, 0)), BLOCK_K, S_LAYOUT)
+    acc, p = start_values(p, acc, v_ring, n + block - 1, q.dtype, O_LAYOUT)
     if TURNS:
         mbarrier.arrive(turn.index(1 - ME), count=1)
 
     s = warpgroup_mma_wait(1, deps=(s,))
-    release(k_ring, n)
-    p_next, m, l, alpha = softmax(s, m, l, offs_q, offs_k + n * BLOCK_K, scale_log2, MASKED)
-    wait_for(k_ring, n + 1, n + 1 < num_k)  # here, ptxas does not move the softmax behind the wait for acc
+    release(k_ring, n + block)
+    p_next, m, l, alpha = softmax(s, m, l, offs_q, offs_k + block * BLOCK_K, scale_log2, MASKED)
+    # Here, ptxas does not move the softmax behind the wait for acc.
+    wait_for(k_ring, n + block + 1, block + 1 < num_k)
 
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-    release(v_ring, n - 1)
+    release(v_ring, n + block - 1)
     return p_next, m, l, acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
 
 
 @gluon.jit
-def consume(
-    out_desc, lse_ptr, q_ring, k_ring, v_ring, turn, b, h, bh, start_q, num_k, Tq, Tk, scale_log2,
+def attend(
+    n, i, start_q, num_k, q_ring, k_ring, v_ring, turn, Tq, Tk, scale_log2,
     ME: gl.constexpr, TURNS: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr,
+    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Attention of ROWS queries, from the first key to the diagonal of the whole program."""
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    """acc, l and m of ROWS queries, from the first key to the diagonal of the whole tile."""
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    start_q += ME * ROWS
-    rows = start_q + gl.arange(0, ROWS, ROW)
-    offs_q = rows + (Tk - Tq)  # the last key that each sees
+    offs_q = start_q + (Tk - Tq) + gl.arange(0, ROWS, ROW)  # the last key that each sees
     offs_k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, S_LAYOUT))
     m = gl.full((ROWS,), float("-inf"), gl.float32, ROW)
     l = gl.zeros((ROWS,), gl.float32, ROW)
     acc = gl.zeros((ROWS, BLOCK_D), gl.float32, O_LAYOUT)
 
-    wait_for(q_ring, ME)
-    q = tile(q_ring, ME)
-    wait_for(k_ring, 0)
-    s = start_product(q, tile(k_ring, 0).permute((1, 0)), BLOCK_K, S_LAYOUT)
+    wait_for(q_ring, i * CONSUMERS + ME)
+    q = tile(q_ring, i * CONSUMERS + ME)
+    wait_for(k_ring, n)
+    if TURNS:
+        mbarrier.wait(turn.index(ME), (n & 1) ^ (1 - ME))  # consumer 0 begins
+    s = start_product(q, tile(k_ring, n).permute((1, 0)), BLOCK_K, S_LAYOUT)
+    if TURNS:
+        mbarrier.arrive(turn.index(1 - ME), count=1)
+    tma.store_wait(0)  # the out before has left through its q's tile
+    release(q_ring, (i - 1) * CONSUMERS + ME, i > 0)
     s = warpgroup_mma_wait(0, deps=(s,))
-    release(k_ring, 0)
+    release(k_ring, n)
     p, m, l, _ = softmax(s, m, l, offs_q, offs_k, scale_log2, True)
-    wait_for(k_ring, 1, num_k > 1)
+    wait_for(k_ring, n + 1, num_k > 1)
 
     whole = gl.minimum(gl.maximum((start_q + (Tk - Tq) + 1) // BLOCK_K, 1), num_k)  # blocks that no row sees in part
-    for n in range(1, whole):
+    for block in range(1, whole):
         p, m, l, acc = step(
-            n, num_k, p, m, l, acc, q, k_ring, v_ring, turn, offs_q, offs_k, scale_log2,
+            block, num_k, n, p, m, l, acc, q, k_ring, v_ring, turn, offs_q, offs_k, scale_log2,
             False, ME, TURNS, S_LAYOUT, O_LAYOUT, BLOCK_K,
         )  # fmt: skip
-    for n in range(whole, num_k):
+    for block in range(whole, num_k):
         p, m, l, acc = step(
-            n, num_k, p, m, l, acc, q, k_ring, v_ring, turn, offs_q, offs_k, scale_log2,
+            block, num_k, n, p, m, l, acc, q, k_ring, v_ring, turn, offs_q, offs_k, scale_log2,
             True, ME, TURNS, S_LAYOUT, O_LAYOUT, BLOCK_K,
         )  # fmt: skip
-    acc, p = start_values(p, acc, v_ring, num_k - 1, q.dtype, O_LAYOUT)
+    acc, p = start_values(p, acc, v_ring, n + num_k - 1, q.dtype, O_LAYOUT)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+    release(v_ring, n + num_k - 1)
+    return acc, l, m
 
-    norm = gl.convert_layout(1.0 / gl.where(l == 0.0, 1.0, l), gl.SliceLayout(1, O_LAYOUT))
-    q.store((acc * norm[:, None]).to(q.dtype))  # q's tile is free: out leaves through it
-    fence_async_shared()
-    tma_store(out_desc, [b, h, start_q, 0], q_ring[0].index(ME))
-    gl.store(lse_ptr + gl.cast(bh, gl.int64) * Tq + rows, (m + gl.log2(l)) * LN_2, mask=rows < Tq)
+
+@gluon.jit
+def consume(
+    out_desc, lse_ptr, q_ring, k_ring, v_ring, turn,
+    H, Tq, Tk, num_heads, num_blocks, heads_per_section, scale_log2,
+    ME: gl.constexpr, TURNS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr,
+):  # fmt: skip
+    """out and lse of ROWS queries of each tile."""
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    n = 0  # blocks of keys done so far
+    for i in range(number_of_tiles(num_blocks, num_heads)):
+        bh, start_q, num_k = tile_at(i, Tq, Tk, num_heads, num_blocks, heads_per_section, BLOCK_Q, BLOCK_K)
+        start_q += ME * ROWS
+        acc, l, m = attend(
+            n, i, start_q, num_k, q_ring, k_ring, v_ring, turn, Tq, Tk, scale_log2,
+            ME, TURNS, BLOCK_K, BLOCK_D, S_LAYOUT, O_LAYOUT,
+        )  # fmt: skip
+        norm = gl.convert_layout(1.0 / gl.where(l == 0.0, 1.0, l), gl.SliceLayout(1, O_LAYOUT))
+        q = tile(q_ring, i * CONSUMERS + ME)
+        q.store((acc * norm[:, None]).to(q.dtype))  # q's tile is free: out leaves through it
+        fence_async_shared()
+        slot, _ = place(i * CONSUMERS + ME, q_ring)
+        tma_store(out_desc, [bh // H, bh % H, start_q, 0], q_ring[0].index(slot))
+        rows = start_q + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
+        lse_head = lse_ptr + gl.cast(bh, gl.int64) * Tq
+        gl.store(lse_head + rows, (m + gl.log2(l)) * LN_2, mask=rows < Tq)
+        n += num_k
     tma.store_wait(0)
 
 
@@ -175,13 +236,7 @@ def hopper_forward_kernel(
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    block, bh = schedule(num_blocks, num_heads, heads_per_section)
-    b, h = bh // H, bh % H
-    h_kv = h // GROUP
-    start_q = (num_blocks - 1 - block) * BLOCK_Q
-    num_k = gl.cdiv(gl.minimum(start_q + BLOCK_Q, Tq) + (Tk - Tq), BLOCK_K)
-
-    q_ring = allocate_ring(q_desc, CONSUMERS, 1)
+    q_ring = allocate_ring(q_desc, 2 * CONSUMERS, 1)
     k_ring = allocate_ring(k_desc, STAGES, CONSUMERS)
     v_ring = allocate_ring(v_desc, STAGES, CONSUMERS)
     turn = allocate_barriers(CONSUMERS, 1)
@@ -191,11 +246,12 @@ def hopper_forward_kernel(
     SECOND: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (consume, (out_desc, lse_ptr, q_ring, k_ring, v_ring, turn, b, h, bh, start_q, num_k, Tq, Tk, scale_log2,
-                       FIRST, TURNS, BLOCK_K, BLOCK_D)),
-            (consume, (out_desc, lse_ptr, q_ring, k_ring, v_ring, turn, b, h, bh, start_q, num_k, Tq, Tk, scale_log2,
-                       SECOND, TURNS, BLOCK_K, BLOCK_D)),
-            (produce, (q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, b, h, h_kv, start_q, num_k, BLOCK_K)),
+            (consume, (out_desc, lse_ptr, q_ring, k_ring, v_ring, turn, H, Tq, Tk, num_heads, num_blocks,
+                       heads_per_section, scale_log2, FIRST, TURNS, BLOCK_Q, BLOCK_K, BLOCK_D)),
+            (consume, (out_desc, lse_ptr, q_ring, k_ring, v_ring, turn, H, Tq, Tk, num_heads, num_blocks,
+                       heads_per_section, scale_log2, SECOND, TURNS, BLOCK_Q, BLOCK_K, BLOCK_D)),
+            (produce, (q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, H, GROUP, Tq, Tk, num_heads, num_blocks,
+                       heads_per_section, BLOCK_Q, BLOCK_K)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -218,7 +274,7 @@ def hopper_forward(q, k, v, scale):
     block_q = ROWS.value * CONSUMERS.value
     num_blocks = triton.cdiv(Tq, block_q)
     _runtime.launch(
-        hopper_forward_kernel, (num_blocks * B * H,),
+        hopper_forward_kernel, (min(num_blocks * B * H, _runtime.multiprocessors(q.device)),),
         descriptor(q, ROWS.value), descriptor(k, block_k), descriptor(v, block_k),
         descriptor(out, ROWS.value), lse,
         H, H // Hkv, Tq, Tk, B * H, num_blocks, heads_per_section(B * H, k, H // Hkv), scale * LOG2_E,

@@ -100,10 +100,10 @@ def tile(ring, n):
 
 
 @gluon.jit
-def release(ring, n):
+def release(ring, n, exists=True):
     _, _, empty = ring
     slot, _ = place(n, ring)
-    mbarrier.arrive(empty.index(slot), count=1)
+    mbarrier.arrive(empty.index(slot), count=1, pred=exists)
 
 
 @gluon.jit
