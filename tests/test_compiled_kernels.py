@@ -97,7 +97,7 @@ def test_hopper_backward_multiplies_during_its_softmax(sample_rows, case, in_ste
     in flight from step to step."""
     row = next(r for r in sample_rows if (r["case"], r["kernel"]) == (case, "hopper_backward_kernel"))
     assert row["redundancy"] == 1.0 and row["cycles_tensor"] == 2560, "of 128 x 128 x 64 or 64 x 128 x 128"
-    assert row["in_step_share"] > in_step and row["wgmma_waits"] < 0.2
+    assert row["in_step_share"] > in_step and row["wgmma_waits"] < 0.25
     assert row["programs_per_sm"] == 1
 
 
