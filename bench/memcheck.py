@@ -29,6 +29,7 @@ ATTENTION = (  # H, Hkv, Tq, Tk, D, dtype, options
     (2, 2, 130, 130, 33, "bf16", {"documents": (0, 5, 100, 130), "window": 50}),  # no tensor map: rows of 66 bytes
     (4, 2, 3, 1500, 64, "bf16", {}),  # split over the keys
 )
+ON_HOPPER = ((6, 2, 203, 203, 64, "bf16"), (4, 2, 113, 333, 80, "fp16"))
 ROWS = ((5, 1023), (3, 40001))
 LOSSES = ((203, 1023), (5, 50257))
 TOOL = "compute-sanitizer"
@@ -53,14 +54,13 @@ def wheels():
 def calls(device):
     """Make every call once; yields what each was."""
     import kernels
+    from kernels import _runtime
 
     for H, Hkv, Tq, Tk, D, dtype, options in ATTENTION:
         options = dict(options)
         if documents := options.pop("documents", None):
             options["cu_seqlens"] = torch.tensor(documents, dtype=torch.int32, device=device)
-        shapes = ((1, Tq, H, D), (1, Tk, Hkv, D), (1, Tk, Hkv, D))
-        q, k, v = (normal(*shape, dtype=dtype, device=device).transpose(1, 2).requires_grad_() for shape in shapes)
-        backward(kernels.causal_attention(q, k, v, **options))
+        backward(kernels.causal_attention(*heads(H, Hkv, Tq, Tk, D, dtype, device), **options))
         yield f"attention of {Tq} queries, {Tk} keys, D = {D}, {dtype}"
     for rows, n in ROWS:
         x, residual = (normal(rows, n, dtype="bf16", device=device).requires_grad_() for _ in range(2))
@@ -78,6 +78,17 @@ def calls(device):
         yield f"loss of {rows} rows of {classes}"
     backward(kernels.causal_softmax(normal(2, 60, 133, dtype="bf16", device=device).requires_grad_(), 0.3))
     yield "causal softmax of 60 queries, 133 keys"
+    for H, Hkv, Tq, Tk, D, dtype in ON_HOPPER if _runtime.arch(device) == "sm_90" else ():
+        from kernels.attention import hopper
+
+        backward(hopper.one_pass(*heads(H, Hkv, Tq, Tk, D, dtype, device)))
+        yield f"Hopper's attention of {Tq} queries, {Tk} keys, D = {D}, {dtype}"
+
+
+def heads(H, Hkv, Tq, Tk, D, dtype, device):
+    """q, k and v that want gradients."""
+    shapes = (1, Tq, H, D), (1, Tk, Hkv, D), (1, Tk, Hkv, D)
+    return [normal(*shape, dtype=dtype, device=device).transpose(1, 2).requires_grad_() for shape in shapes]
 
 
 def normal(*shape, dtype, device):

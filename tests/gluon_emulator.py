@@ -17,14 +17,14 @@ copy until it lands. These end a run with a ProtocolError:
 
     a result that no wait has been passed yet is used, or goes through a wait that need not cover it
     memory is written while a product or a store may read it, or read while a copy may write it
-    a product or TMA takes a tile without a fence after it was written
+    a product or TMA takes a tile that was not fenced since it was written, or not by all threads that wrote it
     more arrivals at a barrier than it counts, or a barrier used before it was initialized
     nobody can go on (who waits for which phase is listed)
     the program ends with something on its way
 
-Not modelled: layouts (the compiler checks those), the threads inside a partition, which the compiler's barriers keep
-together, and registers that an operand in flight still needs (ptxas knows them). Kernels that are not Gluon's go to
-Triton's interpreter.
+Not modelled: layouts (the compiler checks those), the threads inside a partition but for that (the compiler's barriers
+keep them together where one of them uses what another wrote), and registers that an operand in flight still needs
+(ptxas knows them). Kernels that are not Gluon's go to Triton's interpreter.
 """
 
 import inspect
@@ -70,6 +70,8 @@ class Buffer:
         self.data = data.fill_(torch.nan)
         self.readers = self.writers = 0  # counts of copies, products and TMA stores on their way
         self.unfenced = None  # who wrote to it last, until they fence
+        self.met = False  # whether the threads of who wrote have met at a barrier since
+        self.fenced_late = None  # who fenced after that, until their threads meet again
 
     def start_reading(self, what):
         if self.writers:
@@ -79,6 +81,8 @@ class Buffer:
     def start_reading_by_hardware(self, what):
         if self.unfenced is not None:
             raise ProtocolError(f"{what} takes a tile without a fence after it was written")
+        if self.fenced_late is not None:
+            raise ProtocolError(f"{what} takes a tile that other threads may not have fenced yet")
         self.start_reading(what)
 
     def start_writing(self, what):
@@ -115,7 +119,7 @@ class View:
         self.buffer.start_writing("a store")
         self.data.copy_(value)
         self.buffer.writers -= 1
-        self.buffer.unfenced = self.machine.partition
+        self.buffer.unfenced, self.buffer.met, self.buffer.fenced_late = self.machine.partition, False, None
 
 
 class Barrier:
@@ -410,21 +414,31 @@ class Emulator:
         self.pause()
         for buffer in self.buffers:
             if buffer.unfenced is self.partition:
-                buffer.unfenced = None
+                buffer.unfenced, buffer.fenced_late = None, self.partition if buffer.met else None
+
+    def meet(self):
+        """The threads of the partition that runs wait for each other, as the compiler has them do round barriers."""
+        for buffer in self.buffers:
+            buffer.met |= buffer.unfenced is self.partition
+            if buffer.fenced_late is self.partition:
+                buffer.fenced_late = None
 
     # -- barriers and partitions
 
     def expect(self, barrier, number):
         self.pause()
+        self.meet()
         barrier.arrive(expected_bytes=number)
 
     def arrive(self, barrier, count=1, pred=True):
         if pred:
             self.pause()
+            self.meet()
             barrier.arrive(count)
 
     def wait(self, barrier, parity, pred=True):
         if pred:
+            self.meet()
             self.pause(lambda: barrier.passed(parity), f"parity {parity} of {barrier.name}", barrier)
 
     def warp_specialize(self, functions, warps, registers):

@@ -101,6 +101,7 @@ def test_keys_get_nothing_from_queries_that_do_not_see_them():
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
 READY = "    mbarrier.arrive(ready.index(0), count=1)\n    mbarrier.wait(ready.index(0), n & 1)\n"
+LAST_READY = READY.replace("n & 1", "num_q * GROUP & 1")
 # what to run instead, and what the emulator or the error rule says: (piece of the source, replacement, complaint)
 FAULTS = {
     "q not waited for": ("    wait_for(q_ring, n)", "    pass", "copy is on its way"),
@@ -148,7 +149,9 @@ FAULTS = {
                              "ME, HALVES, 0)", "        dk = warpgroup_mma_wait(0, deps=(dk,))", "max error"),
     "dk leaves where k is still read": ("    mbarrier.wait(ready.index(0), num_q * GROUP & 1)\n", "",
                                         "is being read|max error"),
-    "out not fenced": ("    fence_async_shared()\n    tma_store", "    tma_store", "without a fence"),
+    "dk not fenced": ("    fence_async_shared()\n    tma_store", "    tma_store", "without a fence"),
+    "dv fenced when the threads have met": (f"    fence_async_shared()\n{LAST_READY}",
+                                            f"{LAST_READY}    fence_async_shared()\n", "may not have fenced yet"),
     "dk and dv not waited for": ("    tma.store_wait(0)", "    pass", "store on its way|is being read"),
     "no mask": ("        if start_q < whole:", "        if False:", "max error"),
     "a cut tile taken for a whole one": ("whole = start_k + CONSUMERS * ROWS - 1", "whole = start_k", "max error"),

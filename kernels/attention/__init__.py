@@ -135,7 +135,7 @@ def causal_attention(
             Tq = Tk); nothing attends across documents. Values are checked on a CPU; on a GPU, where a check would
             have to wait for the device, they are clamped to valid bounds.
         deterministic: the backward gives the same bits on every run. False would permit a faster one that does
-            not; there is none so far.
+            not; here there is none (kernels.attention.hopper has one, for H100s).
         return_lse: return the log-sum-exp of the scaled scores too. Gradients flow through it.
 
     Returns:

@@ -330,11 +330,12 @@ def consume(
         dk = finish_gradients(last_n, dq, dk, q_ring, dq_buffer, dq_desc, b, h, start_q, ME, HALVES, 0)
 
     v.store(dv.to(v.dtype))  # v's tile is free, and k's once the other consumer has made its last dq: they leave there
+    fence_async_shared()
     mbarrier.arrive(ready.index(0), count=1)
     mbarrier.wait(ready.index(0), num_q * GROUP & 1)
+    tma_store(dv_desc, [b, h_kv, start_k + ME * ROWS, 0], v_ring[0].index(ME))
     k.store((dk * scale).to(k.dtype))
     fence_async_shared()
-    tma_store(dv_desc, [b, h_kv, start_k + ME * ROWS, 0], v_ring[0].index(ME))
     tma_store(dk_desc, [b, h_kv, start_k + ME * ROWS, 0], k_ring[0].index(ME))
     tma.store_wait(0)
 
