@@ -343,7 +343,7 @@ def consume(
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["Tq", "Tk"])  # one code for every length
 def hopper_backward_kernel(
     q_desc, k_desc, v_desc, dout_desc, stats_desc, dq_desc, dk_desc, dv_desc,
     Hkv, Tq, Tk, num_heads, num_blocks, heads_per_section, scale, scale_log2,

@@ -229,7 +229,7 @@ def consume(
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["Tq", "Tk"])  # one code for every length
 def hopper_forward_kernel(
     q_desc, k_desc, v_desc, out_desc, lse_ptr,
     H, GROUP, Tq, Tk, num_heads, num_blocks, heads_per_section, scale_log2,
