@@ -1,8 +1,8 @@
 """Names to callables: the one place that knows which implementations exist, and the only file that imports kernels.
 
 A name is resolved once, when a model is built. `attention(name)` gives f(q, k, v, *, scale=None, dropout_p=0.0) on
-(B, H, T, D) tensors, causal at the bottom right; `norm(name)` gives f(x, weight, bias, eps); `loss(name)` gives
-f(x, head_weight, targets). `package.module:function` names anyone's own function.
+(B, H, T, D) tensors, causal at the bottom right; `norm(name)` gives f(x, weight, bias, eps), and `add_norm(name)` the
+same of a sum; `loss(name)` gives f(x, head_weight, targets). `package.module:function` names anyone's own function.
 """
 
 import functools
@@ -117,6 +117,19 @@ def attention(name):
 def norm(name):
     """The callable of a name in NORM, or of `package.module:function`."""
     return _resolve("norm", name, NORM, "(x, weight, bias, eps=1e-5)", _call_as_norm)
+
+
+def add_norm(name):
+    """f(x, residual, weight, bias, eps) -> (norm of x + residual, x + residual): one kernel where ours is asked for."""
+    if name == "triton":
+        return kernel("add_layer_norm")
+    normalize = norm(name)
+
+    def add_then_normalize(x, residual, weight, bias, eps=1e-5):
+        total = x + residual
+        return normalize(total, weight, bias, eps), total
+
+    return add_then_normalize
 
 
 def loss(name):

@@ -68,9 +68,14 @@ class LayerNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(emb_dim))
         self.shift = nn.Parameter(torch.zeros(emb_dim))
         self.normalize = backends.norm(norm)
+        self.add_and_normalize = backends.add_norm(norm)
 
     def forward(self, x):
         return self.normalize(x, self.scale, self.shift, self.eps)
+
+    def of_sum(self, x, residual):
+        """(norm of x + residual, x + residual): one pass over memory if the implementation has one."""
+        return self.add_and_normalize(x, residual, self.scale, self.shift, self.eps)
 
 
 class MultiHeadAttention(nn.Module):
@@ -142,8 +147,8 @@ class TransformerBlock(nn.Module):
         self.drop_shortcut = nn.Dropout(cfg.drop_rate)
 
     def forward(self, x, cache=None):
-        x = x + self.drop_shortcut(self.att(self.norm1(x), cache))
-        return x + self.drop_shortcut(self.ff(self.norm2(x)))
+        normed, x = self.norm2.of_sum(self.drop_shortcut(self.att(self.norm1(x), cache)), x)
+        return x + self.drop_shortcut(self.ff(normed))
 
 
 class GPTModel(nn.Module):

@@ -53,6 +53,21 @@ def test_attention_drops_weights(name, device):
 
 
 @pytest.mark.parametrize("name", backends.NORM)
+def test_norm_of_a_sum_equals_the_reference(name, device):
+    torch.manual_seed(0)
+    x, residual = (torch.randn(2, 5, 24, device=device) for _ in range(2))
+    weight, bias = (torch.randn(24, device=device) for _ in range(2))
+
+    def gradients(add_norm):
+        inputs = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
+        normed, total = add_norm(*inputs, eps=1e-3)
+        return normed, total, *torch.autograd.grad((normed.square() + total.exp()).sum(), inputs)
+
+    for a, b in zip(gradients(backends.add_norm(name)), gradients(reference.add_layer_norm), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", backends.NORM)
 def test_norm_equals_the_reference(name, device):
     x = torch.randn(3, 5, 24, device=device, requires_grad=True)
     weight, bias = (torch.randn(24, device=device, requires_grad=True) for _ in range(2))
