@@ -95,7 +95,7 @@ def test_inference_and_frozen_inputs(device):
 
 @triton.jit
 def _schedule_kernel(out_ptr, num_blocks, num_heads, heads_per_section):
-    block, head = schedule(num_blocks, num_heads, heads_per_section)
+    block, head = schedule(tl.program_id(0), num_blocks, num_heads, heads_per_section)
     tl.store(out_ptr + 2 * tl.program_id(0), block)
     tl.store(out_ptr + 2 * tl.program_id(0) + 1, head)
 
