@@ -100,6 +100,7 @@ def record_launches(target_arch, recorder):
 def launch(kernel, grid, *args, num_warps=4, num_stages=2, maxnreg=None, **constexprs):
     """Run `kernel` over `grid` (a tuple): positional run-time arguments, then constexprs by name. `maxnreg`: registers
     that a thread may use, if the compiler is not to decide."""
+    device = device_of(args)  # first, so that a launch without a device fails wherever it is tried
     options = {"num_warps": num_warps, "num_stages": num_stages}
     if maxnreg is not None:
         options["maxnreg"] = maxnreg
@@ -111,10 +112,14 @@ def launch(kernel, grid, *args, num_warps=4, num_stages=2, maxnreg=None, **const
     if INTERPRETED:
         kernel[grid](*args, **constexprs)
         return
-    device = next(a.device for a in args if isinstance(a, torch.Tensor))
     guard = torch.cuda.device(device) if device.index != torch.cuda.current_device() else contextlib.nullcontext()
     with guard:
         kernel[grid](*args, **options, **constexprs)
+
+
+def device_of(args):
+    """Where the first tensor of a launch's arguments is; a tensor map has one as its base."""
+    return next(x.device for x in (getattr(a, "base", a) for a in args) if isinstance(x, torch.Tensor))
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

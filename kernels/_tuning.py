@@ -172,8 +172,8 @@ class HopperTile(NamedTuple):
 
 
 class HopperBackwardTile(NamedTuple):
-    """How many tiles of q, and of dout, the backward of attention/hopper keeps, and whether it branches round the mask
-    where nothing is masked."""
+    """How many tiles of q (at D = 64 at least 2: two are in use at once), and of dout, the backward of attention/hopper
+    keeps, and whether it branches round the mask where nothing is masked."""
 
     q_stages: int
     stages: int
