@@ -16,7 +16,7 @@ a consumer does, everything of size (keys, queries):
 and once a tile, when the barrier `ready` says that both consumers have written their ds:
 
     dq = ds^T k, dk += ds q       start
-    wait for dq; it goes to shared memory, and from there TMA adds it to the tensor         while dk runs
+    wait for dq; it goes to shared memory, and from there TMA adds it to dq_sum             while dk runs
 
 At D = 64 registers are left for more: dq and dk of a tile start behind s and dp of the next, and run during its
 softmax. dq sums over the keys of both consumers, 64 x 64 elements for each of them to compute: half of the tile's
@@ -24,8 +24,10 @@ queries (D = 64) or half of its columns (D = 128). ds has two buffers, so that `
 the last is free again.
 
 stats[b, h, t, :] holds lse to base 2 of queries 64 t ... 64 t + 63 and then their delta, both 0 past the end, where q
-and dout are read as 0: p is 1 there, and dp, ds and all that they give are 0. Three kernels in this order: prepare
-(stats, and dq = 0), backward, and finish (dq in its dtype).
+and dout are read as 0: p is 1 there, and dp, ds and all that they give are 0. dq_sum[b, h] is a row of tiles of 64
+queries by 64 columns, each in an order in which neighbouring threads write neighbouring words (by_thread), so that no
+two of them ask for one bank of shared memory. Three kernels in this order: prepare (stats, and dq_sum = 0), backward,
+and finish (dq from dq_sum, in its dtype).
 """
 
 import torch
@@ -42,13 +44,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels import _runtime, _tuning
-from kernels._runtime import cast
 from kernels.attention.hopper.ring import (
     CONSUMER_REGISTERS,
     CONSUMERS,
     PRODUCER_REGISTERS,
     REGISTERS,
     ROWS,
+    SIZES,
     allocate_barriers,
     allocate_ring,
     descriptor,
@@ -63,7 +65,7 @@ from kernels.attention.hopper.ring import (
     tma_store,
     wait_for,
 )
-from kernels.attention.tiles import LOG2_E, empty_heads, head_of, heads_per_section, load_tile, strides, tile_offsets
+from kernels.attention.tiles import LOG2_E, empty_heads, head_of, heads_per_section, load_tile, store_tile, strides
 
 LOG2E = tl.constexpr(LOG2_E)
 BLOCK_K = ROWS.value * CONSUMERS.value  # keys of a program
@@ -74,12 +76,11 @@ BLOCK_K = ROWS.value * CONSUMERS.value  # keys of a program
 
 @triton.jit
 def prepare_kernel(
-    out_src, dout_src, lse_ptr, dlse_ptr, stats_ptr, dq_ptr,
-    stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, stride_qb, stride_qh, stride_qt,
-    H, Tq, num_blocks,
+    out_src, dout_src, lse_ptr, dlse_ptr, stats_ptr, sum_ptr,
+    stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, H, Tq, num_blocks,
     HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """stats of ROWS queries, and zeros for their dq."""
+    """stats of ROWS queries, and zeros for their dq_sum."""
     pid = tl.program_id(0)
     block, bh = pid % num_blocks, pid // num_blocks
     b, h = bh // H, bh % H
@@ -97,16 +98,24 @@ def prepare_kernel(
     stats_ptr += pid.to(tl.int64) * (2 * ROWS)
     tl.store(stats_ptr + rows, tl.load(lse_ptr + offs, mask=exists, other=0.0) * LOG2E)
     tl.store(stats_ptr + ROWS + rows, delta)
-    offs, exists = tile_offsets(start_q, stride_qt, Tq, HEAD_DIM, ROWS, BLOCK_D)
-    dq_ptr = head_of(dq_ptr, b, h, stride_qb, stride_qh, False)
-    tl.store(dq_ptr + offs, tl.zeros((ROWS, BLOCK_D), tl.float32), mask=exists)
+    tl.store(sum_ptr + pid.to(tl.int64) * (ROWS * BLOCK_D) + tl.arange(0, ROWS * BLOCK_D), 0.0)
 
 
 @triton.jit
-def finish_kernel(sum_ptr, dq_ptr, scale, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """dq = scale * sum, element by element of memory that both lay out alike."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(dq_ptr + offs, cast(tl.load(sum_ptr + offs, mask=offs < n) * scale, DTYPE), mask=offs < n)
+def finish_kernel(
+    sum_ptr, dq_ptr, stride_b, stride_h, stride_t, H, Tq, num_blocks, scale,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """dq of ROWS queries: scale * dq_sum."""
+    pid = tl.program_id(0)
+    block, bh = pid % num_blocks, pid // num_blocks
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    # where by_thread has put it: its thread's warp, place in the warp, and number of the register
+    offs = column // 64 * 4096 + column % 64 // 8 * 512 + row // 8 % 2 * 256 + row // 16 * 64 + row % 8 * 8 + column % 8
+    tile = tl.load(sum_ptr + pid.to(tl.int64) * (ROWS * BLOCK_D) + offs) * scale
+    dq_ptr = head_of(dq_ptr, bh // H, bh % H, stride_b, stride_h, False)
+    store_tile(dq_ptr, tile, 0, 0, block * ROWS, stride_t, Tq, HEAD_DIM, ROWS, BLOCK_D, DTYPE, False)
 
 
 # ---- the producer ----------------------------------------------------------------------------------------------------
@@ -187,19 +196,27 @@ def start_gradients(
 
 
 @gluon.jit
+def by_thread(dq):
+    """dq (64, 64) as (16, 256): of the registers of the warpgroup's 128 threads, two of each to a row.
+
+    Thread (warp, r, c) of (4, 8, 4) holds rows 16 warp + 8 i + r and columns 8 j + 2 c and 2 c + 1, i < 2, j < 8.
+    """
+    warp_i_r_j_c_2 = dq.reshape((4, 2, 8, 8, 4, 2))
+    return warp_i_r_j_c_2.permute((3, 1, 0, 2, 4, 5)).reshape((16, 256))
+
+
+@gluon.jit
 def finish_gradients(
     n, dq, dk, q_ring, dq_buffer, dq_desc, b, h, start_q, ME: gl.constexpr, HALVES: gl.constexpr, BEHIND: gl.constexpr
 ):  # fmt: skip
-    """Have dq of tile n, the queries from start_q on of head h, added to the tensor through a buffer of this
-    consumer's, and wait for dk. BEHIND: products on their way that were started after these."""
+    """Have dq of tile n, the queries from start_q on of head h, added to dq_sum through a buffer of this consumer's,
+    and wait for dk. BEHIND: products on their way that were started after these."""
     dq = warpgroup_mma_wait(HALVES + BEHIND, deps=(dq,))
     tma.store_wait(0)  # what left through the buffer before has been read
-    dq_buffer.reshape((ROWS, ROWS)).store(dq)
+    dq_buffer.reshape((16, 256)).store(by_thread(dq))
     fence_async_shared()
-    if HALVES == 2:
-        tma_add(dq_desc, [b, h, start_q + ME * ROWS, 0], dq_buffer)
-    else:
-        tma_add(dq_desc, [b, h, start_q, ME * ROWS], dq_buffer)
+    place_of_tile = start_q // ROWS * (2 // HALVES) + ME  # the next 64 queries, or the same ones' next 64 columns
+    tma_add(dq_desc, [b, h, place_of_tile * 16, 0], dq_buffer)
     dk = warpgroup_mma_wait(BEHIND, deps=(dk,))
     release(q_ring, n)
     return dk
@@ -343,7 +360,7 @@ def consume(
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
 
-@gluon.jit(do_not_specialize=["Tq", "Tk"])  # one code for every length
+@gluon.jit(do_not_specialize=SIZES)
 def hopper_backward_kernel(
     q_desc, k_desc, v_desc, dout_desc, stats_desc, dq_desc, dk_desc, dv_desc,
     Hkv, Tq, Tk, num_heads, num_blocks, heads_per_section, scale, scale_log2,
@@ -366,7 +383,7 @@ def hopper_backward_kernel(
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     DS_TILES: gl.constexpr = 2 * CONSUMERS * (BLOCK_Q // ROWS)
     ds_buffers = gl.allocate_shared_memory(k_desc.dtype, [DS_TILES, ROWS, ROWS], DS_LAYOUT)
-    dq_buffers = gl.allocate_shared_memory(gl.float32, [CONSUMERS, 1, 1, ROWS, ROWS], dq_desc.layout)
+    dq_buffers = gl.allocate_shared_memory(gl.float32, [CONSUMERS, 1, 1, 16, 256], dq_desc.layout)
     ready = allocate_barriers(1, CONSUMERS)
     fence_async_shared()  # TMA must find the barriers initialized
 
@@ -407,30 +424,33 @@ def hopper_backward(dout, dlse, q, k, v, out, lse, scale):
     _runtime.launch(
         hopper_backward_kernel, (num_blocks * B * Hkv,),
         descriptor(q, block_q), descriptor(k, rows), descriptor(v, rows), descriptor(dout, block_q),
-        descriptor(stats, block_q // rows), descriptor(dq_sum, rows, rows), descriptor(dk, rows), descriptor(dv, rows),
+        descriptor(stats, block_q // rows, 2 * rows), descriptor(dq_sum, 16, 256),
+        descriptor(dk, rows), descriptor(dv, rows),
         Hkv, Tq, Tk, B * Hkv, num_blocks, heads_per_section(B * Hkv, q, 1, H // Hkv), scale, scale * LOG2_E,
         BLOCK_Q=block_q, BLOCK_K=BLOCK_K, BLOCK_D=block_d, GROUP=H // Hkv,
         Q_STAGES=row.q_stages, STAGES=row.stages, BRANCH=row.branch,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
-    block = 4096
+    num_blocks = stats.shape[2]
     _runtime.launch(
-        finish_kernel, (triton.cdiv(dq.numel(), block),),
-        dq_sum, dq, scale, dq.numel(), DTYPE=_runtime.TL_DTYPES[dq.dtype], BLOCK=block, num_warps=8,
+        finish_kernel, (num_blocks * B * H,),
+        dq_sum, dq, *strides(dq), H, Tq, num_blocks, scale,
+        HEAD_DIM=D, ROWS=rows, BLOCK_D=block_d, DTYPE=_runtime.TL_DTYPES[dq.dtype], num_warps=4, num_stages=1,
     )  # fmt: skip
     return dq, dk, dv
 
 
 def prepare(dout, dlse, out, lse, block_q):
-    """Launch the first kernel: stats (B, H, blocks of 64 queries, 2 * 64) and a dq (B, H, Tq, D) of zeros, in fp32."""
+    """Launch the first kernel: stats (B, H, blocks of 64 queries, 2 * 64) and dq_sum (B, H, 64 x 64 tiles * 16, 256) of
+    zeros, in fp32."""
     B, H, Tq, D = out.shape
-    rows = ROWS.value
+    rows, block_d = ROWS.value, padded_head_dim(D)
     num_blocks = triton.cdiv(Tq, block_q) * (block_q // rows)
     stats = out.new_empty((B, H, num_blocks, 2 * rows), dtype=torch.float32)
-    dq_sum = empty_heads(B, H, Tq, D, like=out, dtype=torch.float32)
+    dq_sum = out.new_empty((B, H, num_blocks * (block_d // 64) * 16, 256), dtype=torch.float32)
     _runtime.launch(
         prepare_kernel, (num_blocks * B * H,),
-        out, dout, lse, dlse, stats, dq_sum, *strides(out), *strides(dout), *strides(dq_sum), H, Tq, num_blocks,
-        HEAD_DIM=D, ROWS=rows, BLOCK_D=padded_head_dim(D), HAS_DLSE=dlse is not None, num_warps=4, num_stages=1,
+        out, dout, lse, dlse, stats, dq_sum, *strides(out), *strides(dout), H, Tq, num_blocks,
+        HEAD_DIM=D, ROWS=rows, BLOCK_D=block_d, HAS_DLSE=dlse is not None, num_warps=4, num_stages=1,
     )  # fmt: skip
     return stats, dq_sum

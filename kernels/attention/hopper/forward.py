@@ -37,6 +37,7 @@ from kernels.attention.hopper.ring import (
     PRODUCER_REGISTERS,
     REGISTERS,
     ROWS,
+    SIZES,
     allocate_barriers,
     allocate_ring,
     descriptor,
@@ -229,7 +230,7 @@ def consume(
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
 
-@gluon.jit(do_not_specialize=["Tq", "Tk"])  # one code for every length
+@gluon.jit(do_not_specialize=SIZES)
 def hopper_forward_kernel(
     q_desc, k_desc, v_desc, out_desc, lse_ptr,
     H, GROUP, Tq, Tk, num_heads, num_blocks, heads_per_section, scale_log2,

@@ -29,6 +29,9 @@ CONSUMERS = gl.constexpr(2)
 # A multiprocessor's 65536 registers for 12 warps (a lone one costs four), and how the three warpgroups share them.
 REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS = 168, 240, 24
 
+# Arguments of which Triton shall make no constants: one code for all shapes, whose registers have been counted.
+SIZES = ("H", "Hkv", "Tq", "Tk", "num_heads", "num_blocks", "heads_per_section")
+
 # Names that Triton 3.9 changed.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
@@ -124,9 +127,12 @@ def padded_head_dim(head_dim):
 
 
 def descriptor(x, rows, columns=None):
-    """Tensor map of x (B, H, T, D) for tiles of `rows` positions of one head, whole or some of their columns."""
+    """Tensor map of x (B, H, T, D) for tiles of `rows` positions of one head, swizzled for wgmma; with `columns`, for
+    tiles of (rows, columns) as they are."""
     shape = [1, 1, rows, columns or padded_head_dim(x.shape[-1])]
     layout = gl.NVMMASharedLayout.get_default_for(shape, GL_DTYPES[x.dtype])
+    if columns is not None:
+        layout = gl.NVMMASharedLayout(0, x.element_size() * 8, 4)
     return TensorDescriptor(x, list(x.shape), tma_strides(x), shape, layout)
 
 
