@@ -38,6 +38,7 @@ ARCHIVE = "results.tar.gz"
 LEAST_S = 5  # a step with less time than this is not started
 GRACE_S = 10  # for a step that is asked to stop: pytest then still prints what failed so far
 HOPPER, ONE_PASS = "kernels.attention.hopper:causal_attention", "kernels.attention.hopper:one_pass"
+HOPPER_TESTS = "tests/test_hopper_on_gpu.py"
 TEST_PROCESSES = 14  # most of the time they compile
 PROBE = "import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
 
@@ -101,8 +102,8 @@ def plan(device_name, out, commit=None):
         Step("attention-gpt2", 0.5, bench("attention", gpt2, f"{few} --batch 1,2 --label gpt2")),
         *(
             # A fault of its barriers would be a hang: it must not cost what other steps measure.
-            Step("hopper-tests", 0.8, (*tests, "--attn", HOPPER)),
-            Step("hopper-one-pass-tests", 0.8, (*tests, "--attn", ONE_PASS)),
+            Step("hopper-tests", 0.8, (*(HOPPER_TESTS if x == "tests" else x for x in tests), "--hopper")),
+            Step("hopper-model-tests", 0.4, (*tests, "--attn", ONE_PASS)),
             Step("attention-hopper", 0.8, bench("attention", f"{on_hopper} --label hopper", "")),
         )[: 3 * any(name in device_name for name in ("H100", "H200"))],
         Step("softmax", 0.6, bench("softmax", f"{rows},131072", one)),

@@ -39,6 +39,20 @@ class Call:
     with_ = replace
 
 
+fp16, bf16 = torch.float16, torch.bfloat16
+HOPPER_CALLS = [  # of what the warp-specialized kernels take
+    Call(B=2, H=1, Hkv=1, Tq=1, Tk=1, D=64, dtype=bf16),
+    Call(H=2, Hkv=2, Tq=113, Tk=113, D=64, dtype=fp16),
+    Call(B=2, H=4, Hkv=2, Tq=200, Tk=200, D=128, dtype=bf16, layout="qkv"),
+    Call(H=3, Hkv=1, Tq=384, Tk=384, D=64, dtype=bf16),
+    Call(H=2, Hkv=1, Tq=129, Tk=700, D=128, dtype=fp16, layout="bhtd"),
+    Call(H=1, Hkv=1, Tq=1, Tk=300, D=64, dtype=bf16),
+    Call(H=1, Hkv=1, Tq=70, Tk=197, D=80, dtype=bf16, scale=0.3),
+    Call(H=2, Hkv=1, Tq=65, Tk=128, D=40, dtype=fp16, layout="odd"),  # TMA cannot read it: copied
+    Call(H=1, Hkv=1, Tq=130, Tk=130, D=8, dtype=bf16, layout="inner", magnitude=30.0),
+]
+
+
 def make(call, heads, tokens, device):
     """One input (B, heads, tokens, D) in the call's layout."""
     B, D = call.B, call.D

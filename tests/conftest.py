@@ -24,6 +24,9 @@ KEPT_BYTES = 2**30  # of a GPU's memory, by one of several test processes
 
 def pytest_addoption(parser):
     parser.addoption("--attn", help="an attention, such as my.kernel:attend, to run tests/test_your_kernel.py on alone")
+    parser.addoption(
+        "--hopper", action="store_true", help="run tests/test_hopper_on_gpu.py, where a fault may be a hang"
+    )
 
 
 def pytest_configure(config):

@@ -161,7 +161,9 @@ def test_the_hopper_kernels_are_tried_on_hoppers_after_what_must_not_be_lost(tmp
     names = [step.name for step in gpu.plan("NVIDIA H200", tmp_path)]
     first = names.index("hopper-tests")
     assert names.index("attention") < first
-    assert names[first : first + 3] == ["hopper-tests", "hopper-one-pass-tests", "attention-hopper"]
+    assert names[first : first + 3] == ["hopper-tests", "hopper-model-tests", "attention-hopper"]
+    steps = {step.name: step.command for step in gpu.plan("NVIDIA H200", tmp_path)}
+    assert (gpu.ROOT / gpu.HOPPER_TESTS).is_file() and gpu.HOPPER_TESTS in steps["hopper-tests"]
     for other in ("NVIDIA A100-SXM4-80GB", "CPU"):
         assert not any("hopper" in step.name for step in gpu.plan(other, tmp_path))
 

@@ -1,7 +1,6 @@
 """The Hopper forward in the emulator: its numbers, its protocol under every schedule, and that faults do not pass.
 
-Its machine code is checked by tests/test_compiled_kernels.py. On an H100, `pytest tests --attn
-kernels.attention.hopper:causal_attention` runs it for real.
+Its machine code is checked by tests/test_compiled_kernels.py. On an H100, tests/test_hopper_on_gpu.py runs it for real.
 """
 
 import re
@@ -13,7 +12,7 @@ from gptlib import reference
 from kernels import _runtime, _tuning
 from kernels._tuning import HopperTile
 from kernels.attention import hopper
-from tests.attention_cases import Call, check, make
+from tests.attention_cases import HOPPER_CALLS, Call, check, make
 from tests.gluon_emulator import SCHEDULES, Emulator
 from tests.oracle import assert_matches
 
@@ -36,17 +35,6 @@ def emulated(schedule=SCHEDULES[0], edits=None):
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
-CALLS = [
-    Call(B=2, H=1, Hkv=1, Tq=1, Tk=1, D=64, dtype=bf16),
-    Call(H=2, Hkv=2, Tq=113, Tk=113, D=64, dtype=fp16),
-    Call(B=2, H=4, Hkv=2, Tq=200, Tk=200, D=128, dtype=bf16, layout="qkv"),
-    Call(H=3, Hkv=1, Tq=384, Tk=384, D=64, dtype=bf16),
-    Call(H=2, Hkv=2, Tq=129, Tk=700, D=128, dtype=fp16, layout="bhtd"),
-    Call(H=1, Hkv=1, Tq=1, Tk=300, D=64, dtype=bf16),
-    Call(H=1, Hkv=1, Tq=70, Tk=197, D=80, dtype=bf16, scale=0.3),
-    Call(H=2, Hkv=1, Tq=65, Tk=128, D=40, dtype=fp16, layout="odd"),  # TMA cannot read it: copied
-    Call(H=1, Hkv=1, Tq=130, Tk=130, D=8, dtype=bf16, layout="inner", magnitude=30.0),
-]
 FAST = HopperTile(32, 2)  # a small block of keys has many of them in a short call
 
 
@@ -55,10 +43,10 @@ def draw(call):
     return [make(call, h, t, "cpu") for h, t in ((call.H, call.Tq), (call.Hkv, call.Tk), (call.Hkv, call.Tk))]
 
 
-@pytest.mark.parametrize("call", CALLS, ids=str)
+@pytest.mark.parametrize("call", HOPPER_CALLS, ids=str)
 def test_output_and_lse(call):
     inputs, options = draw(call), {"scale": call.scale, "return_lse": True}
-    schedule = SCHEDULES[CALLS.index(call) % len(SCHEDULES)]
+    schedule = SCHEDULES[HOPPER_CALLS.index(call) % len(SCHEDULES)]
     found = emulated(schedule)(*inputs, **options)
     ref = reference.causal_attention(*(x.double() for x in inputs), **options)
     eager = reference.causal_attention(*inputs, **options)

@@ -1,7 +1,6 @@
 """The Hopper backward in one pass, in the emulator: its numbers, its protocol, and that faults do not pass.
 
-Its machine code is checked by tests/test_compiled_kernels.py. On an H100, `pytest tests --attn
-kernels.attention.hopper:one_pass` runs it for real.
+Its machine code is checked by tests/test_compiled_kernels.py. On an H100, tests/test_hopper_on_gpu.py runs it for real.
 """
 
 import re
@@ -15,7 +14,7 @@ from kernels.attention import hopper
 from kernels.attention.backward import attention_backward
 from kernels.attention.forward import attention_forward
 from kernels.attention.hopper.backward import hopper_backward
-from tests.attention_cases import Call, check, make
+from tests.attention_cases import HOPPER_CALLS, Call, check, make
 from tests.gluon_emulator import SCHEDULES, Emulator
 from tests.oracle import assert_matches
 
@@ -45,22 +44,10 @@ def gradients(dout, q, k, v, out, lse):
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
-CALLS = [
-    Call(B=2, H=1, Hkv=1, Tq=1, Tk=1, D=64, dtype=bf16),
-    Call(H=2, Hkv=2, Tq=113, Tk=113, D=64, dtype=fp16),
-    Call(B=2, H=4, Hkv=2, Tq=200, Tk=200, D=128, dtype=bf16, layout="qkv"),
-    Call(H=3, Hkv=1, Tq=384, Tk=384, D=64, dtype=bf16),
-    Call(H=2, Hkv=1, Tq=129, Tk=700, D=128, dtype=fp16, layout="bhtd"),
-    Call(H=1, Hkv=1, Tq=1, Tk=300, D=64, dtype=bf16),
-    Call(H=1, Hkv=1, Tq=70, Tk=197, D=80, dtype=bf16, scale=0.3),
-    Call(H=2, Hkv=1, Tq=65, Tk=128, D=40, dtype=fp16, layout="odd"),  # TMA cannot read it: copied
-    Call(H=1, Hkv=1, Tq=130, Tk=130, D=8, dtype=bf16, layout="inner", magnitude=30.0),
-]
 
-
-@pytest.mark.parametrize("call", CALLS, ids=str)
+@pytest.mark.parametrize("call", HOPPER_CALLS, ids=str)
 def test_gradients_of_out_and_lse(call):
-    with emulated(SCHEDULES[CALLS.index(call) % len(SCHEDULES)]):
+    with emulated(SCHEDULES[HOPPER_CALLS.index(call) % len(SCHEDULES)]):
         check(call, "cpu", hopper.one_pass)
 
 
