@@ -182,7 +182,7 @@ class HopperBackwardTile(NamedTuple):
 
 # By padded head dimension.
 HOPPER = {64: HopperTile(128, 4), 128: HopperTile(128, 2)}
-HOPPER_BACKWARD = {64: HopperBackwardTile(4, 2, True), 128: HopperBackwardTile(2, 2, False)}
+HOPPER_BACKWARD = {64: HopperBackwardTile(2, 2, True), 128: HopperBackwardTile(2, 2, False)}
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

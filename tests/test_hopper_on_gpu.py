@@ -38,7 +38,7 @@ def test_results_and_gradients(call, attend):
     check(call, "cuda", attend)
 
 
-@pytest.mark.parametrize(("tile", "backward_tile"), zip(TILES, BACKWARD_TILES, strict=True), ids=str)
+@pytest.mark.parametrize(("tile", "backward_tile"), list(zip(TILES, BACKWARD_TILES, strict=True)), ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_other_tiles(head_dim, tile, backward_tile, monkeypatch):
     monkeypatch.setitem(_tuning.HOPPER, head_dim, tile)
