@@ -45,25 +45,38 @@ LOG2E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
-def delta_kernel(
-    out_src, dout_src, dlse_ptr, delta_ptr,
-    stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, H, Tq, num_blocks,
+def load_delta(
+    out_src, dout_src, dlse_ptr, b, h, bh, start_q,
+    stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, Tq,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """delta (B, H, Tq) = rowsum(out * dout) - dlse."""
-    pid = tl.program_id(0)
-    start_q, bh = pid % num_blocks * BLOCK_Q, pid // num_blocks
-    b, h = bh // H, bh % H
+    """delta (BLOCK_Q,) = rowsum(out * dout) - dlse of the queries from start_q on, 0 beyond Tq."""
     out_src = head_of(out_src, b, h, stride_ob, stride_oh, False)
     dout_src = head_of(dout_src, b, h, stride_gb, stride_gh, False)
     out = load_tile(out_src, b, h, start_q, stride_ot, Tq, HEAD_DIM, BLOCK_Q, BLOCK_D, False, True).to(tl.float32)
     dout = load_tile(dout_src, b, h, start_q, stride_gt, Tq, HEAD_DIM, BLOCK_Q, BLOCK_D, False, True).to(tl.float32)
     delta = tl.sum(out * dout, 1)
-    offs_q = start_q + tl.arange(0, BLOCK_Q)
-    offs = bh.to(tl.int64) * Tq + offs_q
     if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + offs, mask=offs_q < Tq, other=0.0)
-    tl.store(delta_ptr + offs, delta, mask=offs_q < Tq)
+        offs_q = start_q + tl.arange(0, BLOCK_Q)
+        delta -= tl.load(dlse_ptr + bh.to(tl.int64) * Tq + offs_q, mask=offs_q < Tq, other=0.0)
+    return delta
+
+
+@triton.jit
+def delta_kernel(
+    out_src, dout_src, dlse_ptr, delta_ptr,
+    stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, H, Tq, num_blocks,
+    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DLSE: tl.constexpr,
+):  # fmt: skip
+    """delta (B, H, Tq)."""
+    pid = tl.program_id(0)
+    start_q, bh = pid % num_blocks * BLOCK_Q, pid // num_blocks
+    delta = load_delta(
+        out_src, dout_src, dlse_ptr, bh // H, bh % H, bh, start_q,
+        stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, Tq, HEAD_DIM, BLOCK_Q, BLOCK_D, HAS_DLSE,
+    )  # fmt: skip
+    offs_q = start_q + tl.arange(0, BLOCK_Q)
+    tl.store(delta_ptr + bh.to(tl.int64) * Tq + offs_q, delta, mask=offs_q < Tq)
 
 
 @triton.jit

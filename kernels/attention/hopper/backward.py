@@ -44,6 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels import _runtime, _tuning
+from kernels.attention.backward import load_delta
 from kernels.attention.hopper.ring import (
     CONSUMER_REGISTERS,
     CONSUMERS,
@@ -65,7 +66,7 @@ from kernels.attention.hopper.ring import (
     tma_store,
     wait_for,
 )
-from kernels.attention.tiles import LOG2_E, empty_heads, head_of, heads_per_section, load_tile, store_tile, strides
+from kernels.attention.tiles import LOG2_E, empty_heads, head_of, heads_per_section, store_tile, strides
 
 LOG2E = tl.constexpr(LOG2_E)
 BLOCK_K = ROWS.value * CONSUMERS.value  # keys of a program
@@ -82,21 +83,15 @@ def prepare_kernel(
 ):  # fmt: skip
     """stats of ROWS queries, and zeros for their dq_sum."""
     pid = tl.program_id(0)
-    block, bh = pid % num_blocks, pid // num_blocks
-    b, h = bh // H, bh % H
-    start_q = block * ROWS
-    out_src = head_of(out_src, b, h, stride_ob, stride_oh, False)
-    dout_src = head_of(dout_src, b, h, stride_gb, stride_gh, False)
-    out = load_tile(out_src, b, h, start_q, stride_ot, Tq, HEAD_DIM, ROWS, BLOCK_D, False, True).to(tl.float32)
-    dout = load_tile(dout_src, b, h, start_q, stride_gt, Tq, HEAD_DIM, ROWS, BLOCK_D, False, True).to(tl.float32)
-    delta = tl.sum(out * dout, 1)
+    start_q, bh = pid % num_blocks * ROWS, pid // num_blocks
+    delta = load_delta(
+        out_src, dout_src, dlse_ptr, bh // H, bh % H, bh, start_q,
+        stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, Tq, HEAD_DIM, ROWS, BLOCK_D, HAS_DLSE,
+    )  # fmt: skip
     rows = tl.arange(0, ROWS)
-    exists = start_q + rows < Tq
-    offs = bh.to(tl.int64) * Tq + start_q + rows
-    if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + offs, mask=exists, other=0.0)
+    lse = tl.load(lse_ptr + bh.to(tl.int64) * Tq + start_q + rows, mask=start_q + rows < Tq, other=0.0)
     stats_ptr += pid.to(tl.int64) * (2 * ROWS)
-    tl.store(stats_ptr + rows, tl.load(lse_ptr + offs, mask=exists, other=0.0) * LOG2E)
+    tl.store(stats_ptr + rows, lse * LOG2E)
     tl.store(stats_ptr + ROWS + rows, delta)
     tl.store(sum_ptr + pid.to(tl.int64) * (ROWS * BLOCK_D) + tl.arange(0, ROWS * BLOCK_D), 0.0)
 
