@@ -26,6 +26,7 @@ from bench import sass
 
 LENIENT = re.compile(r"(attention|decode)-(fp32-|\w+-d256-)")  # cases that may spill, within their ceilings
 CEILINGS = Path(__file__).with_name("compile_ceilings.json")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")  # those of a launch that a report has columns for
 TIMEOUT_S = 600  # ptxas is quick or, on a kernel that spills kilobytes, very slow
 
 
@@ -87,7 +88,7 @@ class Job:
     signature: dict = field(hash=False)
     constexprs: dict = field(hash=False)  # {path of the argument: value}
     attributes: dict = field(hash=False)
-    options: dict = field(hash=False)  # num_warps, num_stages and, where one is set, maxnreg
+    options: dict = field(hash=False)  # of `_runtime.launch`: num_warps, num_stages, maxnreg where one is set, ...
     expects: tuple = ()
     products: int = 0
     loop_warps: int = 0  # 0: all
@@ -123,7 +124,8 @@ class Job:
     def labels(self):
         """The columns of a row that say what was compiled."""
         names = ("arch", "case", "kernel", "types", "config")
-        return {name: getattr(self, name) for name in names} | self.options
+        options = {name: self.options[name] for name in OPTIONS if name in self.options}
+        return {name: getattr(self, name) for name in names} | options
 
     @property
     def specialization(self):
@@ -369,12 +371,13 @@ def _environment(**variables):
 
 def _serve(connection, log):
     """A worker's life: answer (function, arguments) until the pipe closes."""
-    with open(log, "w") as stream:  # the compilers write to the terminal by themselves
+    with open(log, "a") as stream:  # the compilers write to the terminal by themselves
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             function, arguments = connection.recv()
+            os.truncate(log, 0)  # what an earlier call said explains no crash of this one
             try:
                 connection.send((True, function(*arguments)))
             except Exception as error:

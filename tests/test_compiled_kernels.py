@@ -81,10 +81,10 @@ def test_overlapped_forward_multiplies_during_its_softmax(sample_rows):
     assert row["in_step_share"] > 0.7 and row["wgmma_waits"] < 0.5
 
 
-@pytest.mark.parametrize(("case", "in_step"), [("hopper-bf16-d64", 0.52), ("hopper-bf16-d128", 0.78)])
+@pytest.mark.parametrize(("case", "in_step"), [("hopper-bf16-d64", 0.48), ("hopper-bf16-d128", 0.78)])
 def test_hopper_forward_multiplies_values_during_its_softmax(sample_rows, case, in_step):
-    """0.54 and 0.83 with Triton 3.7.1, turns not counted; 0.44 and 0.61 where ptxas moves the softmax behind the wait
-    for the values."""
+    """0.54 (0.51 with 3.9.0) and 0.83 with Triton 3.7.1, turns not counted; 0.44 and 0.61 where ptxas moves the softmax
+    behind the wait for the values."""
     row = next(r for r in sample_rows if (r["case"], r["kernel"]) == (case, "hopper_forward_kernel"))
     assert row["redundancy"] == 1.0 and row["peak_share"] > 0.95
     assert row["in_step_share"] > in_step and row["wgmma_waits"] < 0.2
@@ -141,7 +141,7 @@ def test_launches_take_what_the_table_says(pool):
     jobs = pool.list_jobs([compile_cases.named("attention-bf16-d128-plain")], ["sm_90"])
     forward = next(job for job in jobs if job.kernel == "attention_forward_kernel")
     assert forward.sizes["OVERLAP"] is True and forward.sizes["ONE_LOOP"] is False
-    assert forward.options == {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
+    assert forward.options == {"num_warps": 8, "num_stages": 2, "maxnreg": 255, "enable_fp_fusion": True}
     dkdv = next(job for job in jobs if job.kernel == "dkdv_kernel")
     assert dkdv.sizes["ONE_LOOP"] is True and "maxnreg" not in dkdv.options
 
