@@ -175,8 +175,11 @@ def run(training, args, device):
     folder = training.folder(args.out)
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)  # a run of before must not be taken for this one
-    code = start_trainer(flags_of(training, args, device), folder.with_name(folder.name + ".log"))
-    shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # gigabytes of weights that nobody goes on from
+    try:
+        code = start_trainer(flags_of(training, args, device), folder.with_name(folder.name + ".log"))
+    finally:
+        for weights in folder.glob("checkpoint*"):  # gigabytes that nobody goes on from
+            shutil.rmtree(weights, ignore_errors=True)
     metrics = folder / "metrics.csv"
     labels = {"bench": "curves", "provider": training.provider, "attn": training.attn, "norm": training.norm}
     labels |= {"seed": training.seed, "preset": args.preset, "device": environment.device_name(device)}

@@ -40,20 +40,20 @@ class Gate:
         try:
             with count_interpreted_launches() as launches:
                 results = self._results(provider.call, inputs, upstream, case)
-        except Exception as e:
-            results, failure = None, Verdict(status_of(e), note=providers.first_line(e))
-        if results is None:
+            compared = {n: self._compare(case, n, x, ref[n], eager[n]) for n, x in results.items()}
+        except Exception as e:  # a kernel's fault shows where its result is first read
+            compared, failure = None, Verdict(status_of(e), note=providers.first_line(e))
+        if compared is None:
             timing.free_memory()  # only now: an exception being handled holds what its frames hold
             return failure
-        compared = {}
-        for name, tensor in results.items():
-            rows = self.bench.summed_rows(case, name)
-            scale = self.bench.intermediate(case, name)
-            compared[name] = parity.compare(tensor, ref[name], eager[name], scale=scale, rows=rows)
         name, worst = max(compared.items(), key=lambda item: relative_error(item[1]))
         if worst.problem:
             return Verdict("wrong", worst=worst, note=f"{name}: {worst.problem}")
         return Verdict("ok", interpreted=launches() > 0, worst=worst)
+
+    def _compare(self, case, name, tensor, ref, eager):
+        rows, scale = self.bench.summed_rows(case, name), self.bench.intermediate(case, name)
+        return parity.compare(tensor, ref, eager, scale=scale, rows=rows)
 
     def _expectation(self, case):
         key = tuple(case.items())

@@ -36,7 +36,7 @@ from bench.arguments import Parser, run
 ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = "results.tar.gz"
 LEAST_S = 5  # a step with less time than this is not started
-GRACE_S = 10  # for a step that is asked to stop: pytest then still prints what failed so far
+GRACE_S = 30  # for a step that is asked to stop: pytest gives its workers 10 s, then prints what failed so far
 HOPPER, ONE_PASS = "kernels.attention.hopper:causal_attention", "kernels.attention.hopper:one_pass"
 HOPPER_TESTS = "tests/test_hopper_on_gpu.py"
 TEST_PROCESSES = 14  # most of the time they compile
@@ -67,7 +67,7 @@ def plan(device_name, out, commit=None):
     """All steps in order. On a CPU the same commands on shapes small enough to rehearse with."""
     python, device = sys.executable, "cpu" if device_name == "CPU" else "cuda"
     results = str(Path(out) / "results" / table.folder_name(device_name))
-    tests = [python, "-m", "pytest", "tests", "-q", "--tb=short", "-p", "no:cacheprovider", "--maxfail=200"]
+    tests = [python, "-m", "pytest", "tests", "-v", "--tb=short", "-p", "no:cacheprovider", "--maxfail=200"]
     if importlib.util.find_spec("xdist"):
         tests += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
     common = ["--device", device, "--out", results, *(["--commit", commit] if commit else [])]
@@ -96,7 +96,7 @@ def plan(device_name, out, commit=None):
     return [
         Step("environment", 0.2, (python, "bench/environment.py")),
         Step("tests", 3.0, (*tests, "-m", "device and not deep")),
-        Step("numerics", 0.4, bench("numerics", "", "--section rows --dtype fp32")),
+        Step("numerics", 0.8, bench("numerics", "", "--section rows --dtype fp32")),
         Step("attention", 1.5, bench("attention", attention, few)),
         Step("train", 1.0, bench("train", f"{train} {kinds},reference+torch+torch", tiny)),
         Step("attention-gpt2", 0.5, bench("attention", gpt2, f"{few} --batch 1,2 --label gpt2")),
@@ -212,8 +212,10 @@ def save(outcomes, out):
     partial = out / f".{ARCHIVE}"
     with tarfile.open(partial, "w:gz") as archive:
         for path in sorted(out.rglob("*")):
-            if path.is_file() and path.name not in (ARCHIVE, partial.name):
-                archive.add(path, arcname=Path("gpu") / path.relative_to(out))
+            inside = path.relative_to(out)
+            weights = any(part.startswith("checkpoint") for part in inside.parts)  # of a training that was killed
+            if path.is_file() and path.name not in (ARCHIVE, partial.name) and not weights:
+                archive.add(path, arcname=Path("gpu") / inside)
     os.replace(partial, out / ARCHIVE)
 
 

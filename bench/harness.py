@@ -1,8 +1,8 @@
 """One runner for every kernel bench: providers x shapes x modes -> rows.
 
-For each shape family every provider first passes the correctness gate (bench/parity.py, on the smallest shape, output
-and gradients against float64); one that is wrong is refused, not timed. Then each (shape, mode) is timed for all
-providers in turn, in one process, on the same random inputs. What happens to a provider is its row's status:
+Each (shape, mode) is timed for all providers in turn, in one process, on the same random inputs. Before a provider's
+first row of a shape family it passes the correctness gate (bench/parity.py, on the smallest shape, output and gradients
+against float64); one that is wrong is refused, not timed. What happens to a provider is its row's status:
 
     ok           timed
     parity       right, and not timed: it ran in Triton's interpreter, whose speed means nothing
@@ -128,8 +128,6 @@ def run(bench, cases, competitors, modes, *, reference, device, timer, ceilings,
     with tqdm(total=len(cases) * len(modes) * len(competitors), unit="row", disable=None, file=sys.stderr) as progress:
         for case in cases:
             checked = bench.gate_case(case, cases)
-            local = [p for p in competitors if not isinstance(p, OtherCommit)]
-            verdicts = {p.name: checks.verdict(p, checked) for p in local}
             inputs = functools.cache(partial(timing_inputs, bench, case, device))
             for mode in modes:
                 for provider in competitors:
@@ -139,12 +137,15 @@ def run(bench, cases, competitors, modes, *, reference, device, timer, ceilings,
                         timing.free_memory()  # the other process needs it
                         row |= provider.measure(case, mode, checked)
                     else:
-                        fill_row(row, bench, provider, inputs, case, mode, verdicts[provider.name], timer, budget_s)
+                        verdict = checks.verdict(provider, checked)  # only now: a fault must not cost others' rows
+                        fill_row(row, bench, provider, inputs, case, mode, verdict, timer, budget_s)
                     if row["status"] == "ok":
                         add_rate(row, ceilings["copy" if bench.bound == "bytes" else f"matmul {case['dtype']}"])
                     rows.append(row)
                     on_row(rows)
                     progress.update()
+                    if row["status"] not in ("ok", "parity"):
+                        timing.require_device(device, f"{provider.name} {mode} {row['checked_at']}")
             del inputs
             timing.free_memory()
     return rows

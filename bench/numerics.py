@@ -5,8 +5,10 @@
 
 Prints one line per result (an output y or a gradient): the largest absolute error of each implementation, in units of
 eps(dtype) * max|result|, so that 0.5 is one correct rounding of the largest element, and the error that the project's
-rule allows ours (bench/parity.py). On a CPU the kernels run in Triton's interpreter, whose sums are NumPy's and not a
-GPU's: the roundings are of the same kind, their order differs.
+rule allows ours (bench/parity.py). A call of ours that fails is a row that says so, and makes the exit code 1.
+
+On a CPU the kernels run in Triton's interpreter, whose sums are NumPy's and not a GPU's: the roundings are of the same
+kind, their order differs.
 """
 
 import sys
@@ -20,7 +22,7 @@ if not __package__:  # run as a script: the checkout belongs on the path, not be
 import torch
 import torch.nn.functional as F
 
-from bench import command, environment, output, table
+from bench import command, environment, gate, output, providers, table, timing
 from bench.numerics_attention import attention_calls
 from bench.parity import compare
 from gptlib import reference
@@ -70,6 +72,25 @@ def measure(case, dtype):
         scaled = {name: e / unit if unit else 0.0 for name, e in (errors | {"allowed": compared.bound}).items()}
         labels = case.op, result, str(dtype).removeprefix("torch."), "x".join(map(str, case.shape)), case.kind, unit
         yield dict(zip(LABELS, labels, strict=True)) | scaled | {"within": "no" if compared.problem else "yes"}
+
+
+def measure_all(cases, dtypes, device, save):
+    """Rows of all cases; `save(rows)` after each one, so that nothing is lost where the next one fails."""
+    rows = []
+    for case in cases:
+        for dtype in dtypes:
+            try:
+                rows += measure(case, dtype)
+                continue
+            except Exception as e:
+                labels = case.op, "", str(dtype).removeprefix("torch."), "x".join(map(str, case.shape)), case.kind, None
+                why = f"{gate.status_of(e)}: {providers.first_line(e)}"
+                rows.append(dict(zip(LABELS, labels, strict=True)) | {"within": why})
+            finally:
+                save(rows)
+            timing.free_memory()
+            timing.require_device(device, f"{case.op} {case.shape} {case.kind} {dtype}")
+    return rows
 
 
 def attempt(function, tensors, grads):
@@ -160,7 +181,7 @@ def attention_cases(device):
         yield Case(*call, {})
 
 
-SECTIONS = {"attention": attention_cases, "rows": row_cases, "loss": loss_cases}  # name -> cases on a device
+SECTIONS = {"rows": row_cases, "loss": loss_cases, "attention": attention_cases}  # name -> cases on a device
 
 
 def main(argv=None):
@@ -185,16 +206,21 @@ def main(argv=None):
     p.add_argument("--commit", help="commit id to record, for a checkout without git")
     args = p.parse_args(argv)
     device = choose_device(args.device)
+    failed = False
     for section in args.section:
         torch.manual_seed(0)
-        found = [
-            row for case in SECTIONS[section](device) for d in args.dtype for row in measure(case, command.DTYPES[d])
-        ]
+        facts = {"section": section, **environment.describe(device, args.commit)}
+
+        def save(rows, folder=args.out, name=f"numerics_{section}", facts=facts):
+            output.save(folder, name, rows, columns(rows), facts)
+
+        found = measure_all(SECTIONS[section](device), [command.DTYPES[d] for d in args.dtype], device, save)
         print(f"\n{section} on {environment.device_name(device)}: largest errors in eps(dtype) * max|result|\n")
         print(show(found))
-        facts = {"section": section, **environment.describe(device, args.commit)}
-        for folder in [args.out, *([environment.results_folder(device)] if args.publish else [])]:
-            output.save(folder, f"numerics_{section}", found, columns(found), facts)
+        if args.publish:
+            save(found, environment.results_folder(device))
+        failed = failed or any(row["within"] not in ("yes", "no") for row in found)
+    return int(failed)
 
 
 def columns(found):

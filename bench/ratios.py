@@ -72,11 +72,13 @@ def pair(name, device):
 def fastest_ms(timer, call, inputs, mode, repeats):
     """The fastest of some repeats of a forward, or of a backward alone: what disturbs a repeat only slows it."""
 
+    upstream = torch.ones_like(call(*inputs))
+
     def forward(_=None):
         return call(*inputs)
 
     def backward(out):
-        return torch.autograd.grad(out, inputs, torch.ones_like(out))
+        return torch.autograd.grad(out, inputs, upstream)
 
     step, prepare = (forward, lambda: None) if mode == "fwd" else (backward, forward)
     return min(timer.repeat(step, prepare, repeats))

@@ -5,6 +5,7 @@ step finds its inputs in memory and not in the cache; and so many times over tha
 whole step, else what it takes to launch kernels would be counted as theirs. CPU: the host's clock, no flush.
 """
 
+import contextlib
 import gc
 import math
 import os
@@ -12,6 +13,8 @@ import statistics
 import time
 
 import torch
+
+from bench.arguments import GaveUp
 
 MIB = 2**20
 FLUSH_BYTES = 256 * MIB  # five times an H100's L2
@@ -168,4 +171,20 @@ def free_memory():
     """Give back what a failed or finished measurement held."""
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # of a lost device, which `require_device` reports by name
+            torch.cuda.empty_cache()
+
+
+def require_device(device, culprit):
+    """GaveUp if a kernel's fault (an illegal address, say) took the GPU away from this process: all that follows would
+    fail, and be blamed on others. To be called after whatever failed."""
+    if torch.device(device).type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as e:
+        reason = str(e).strip().splitlines()[0]
+        raise GaveUp(
+            f"{culprit}: {reason}. After that this process has no GPU; the rows so far are saved, "
+            "for the others run again without it"
+        ) from e

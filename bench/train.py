@@ -6,9 +6,12 @@
     python bench/train.py --preset gpt2 --attn sdpa,triton,my.kernel:attend --loss torch,triton --find-batch
 
 A step is the trainer's own (gptlib.train): batch to the device, forward, backward, clipping, AdamW; evaluation,
-sampling and checkpoints stay out. First every contestant trains a two-layer model of the same widths for a few steps on
-the same data and weights without dropout: one whose losses differ from the reference's is refused, not timed. Dropout
-is off unless asked for, since not every contestant has it.
+sampling and checkpoints stay out. Before its first row every contestant trains a two-layer model of the same widths for
+a few steps on the same data and weights without dropout: one whose losses differ from the reference's is refused, not
+timed. Dropout is off unless asked for, since not every contestant has it.
+
+MFU is by the common formula, which counts attention's whole square. "of ceiling" counts the causal half, the work that
+has to be done, and holds it against the matrix product measured in the same run.
 """
 
 import argparse
@@ -74,7 +77,8 @@ class Run:
             torch._dynamo.reset()  # compiled for this model alone, not an eighth variant of the first
         self.setting, cfg = setting, setting.cfg
         names = {"attn": setting.attn, "norm": setting.norm, "loss": setting.loss}
-        self.model = build_model(cfg, **names, device=setting.device, seed=SEED)
+        with setting.device:  # weights are drawn there: the same for all contestants, and quickly
+            self.model = build_model(cfg, **names, device=setting.device, seed=SEED)
         self.optimizer = make_optimizer(self.model, lr=LR)
         self.loss_fn = torch.compile(self.model.loss) if setting.compile else self.model.loss
         self.autocast = autocast_for(setting.device, setting.dtype)
@@ -100,21 +104,23 @@ class Run:
 # ---- the same losses first -------------------------------------------------------------------------------------------
 
 
-def check_losses(settings):
-    """{name: (status, largest loss difference to the reference, note)}, each name once."""
-    found, expected = {}, None
-    for setting in settings:
-        if setting.name in found:
-            continue
-        cfg = dataclasses.replace(setting.cfg, n_layers=CHECK_LAYERS, drop_rate=0.0)
-        seq = min(min(s.cfg.context_length for s in settings), CHECK_SEQ)
-        cfg = dataclasses.replace(cfg, context_length=seq)
-        small = dataclasses.replace(setting, cfg=cfg, batch=CHECK_BATCH, compile=False)
-        small_reference = dataclasses.replace(small, attn="reference", norm="reference", loss="reference")
-        expected = expected or losses(small_reference)
-        found[setting.name] = compare_losses(small, expected)
-        timing.free_memory()
-    return found
+class LossCheck:
+    """Contestants' losses beside the reference's, on a small model. Each trains it when it is first asked for."""
+
+    def __init__(self, settings):
+        self.seq = min(CHECK_SEQ, *(s.cfg.context_length for s in settings))
+        self.expected, self.found = None, {}
+
+    def verdict(self, setting):
+        """(status, largest loss difference to the reference, note)"""
+        if setting.name not in self.found:
+            cfg = dataclasses.replace(setting.cfg, n_layers=CHECK_LAYERS, drop_rate=0.0, context_length=self.seq)
+            small = dataclasses.replace(setting, cfg=cfg, batch=CHECK_BATCH, compile=False)
+            if self.expected is None:
+                self.expected = losses(dataclasses.replace(small, attn="reference", norm="reference", loss="reference"))
+            self.found[setting.name] = compare_losses(small, self.expected)
+            timing.free_memory()
+        return self.found[setting.name]
 
 
 def compare_losses(setting, expected):
@@ -164,16 +170,15 @@ def measure(setting, steps, ceiling):
     T = setting.cfg.context_length
     p20, p50, p80 = timing.percentiles(step_times(run.step, steps, setting.device))
     tokens_per_s = setting.batch * T / (p50 / 1e3)
-    flops_per_token = metrics.flops_per_token(run.model, T)
     return {
         "tokens_per_s": tokens_per_s,
         "p20_ms": p20,
         "p50_ms": p50,
         "p80_ms": p80,
         "mfu": metrics.mfu(run.model, T, tokens_per_s, setting.device),
-        "share": flops_per_token * tokens_per_s / ceiling,
+        "share": metrics.flops_per_token(run.model, T, causal_half=True) * tokens_per_s / ceiling,
         "peak_mib": run.peak_mib(),
-        "flops_per_token": flops_per_token,
+        "flops_per_token": metrics.flops_per_token(run.model, T),
         "parameters": run.model.n_params(),
     }
 
@@ -328,15 +333,16 @@ def show(rows):
 
 
 def run(settings, preset, args, facts, save):
-    """All rows: losses compared first, then one contestant timed after the other. `save(rows)` after each."""
-    verdicts = check_losses(settings)
-    rows = []
+    """All rows, one contestant after the other, each timed only if its losses are right. `save(rows)` after each."""
+    checks, rows = LossCheck(settings), []
     for setting in tqdm(settings, unit="row", disable=None):
-        row = new_row(setting, preset, verdicts[setting.name])
+        row = new_row(setting, preset, checks.verdict(setting))
         rows.append(row)
         if row["status"] == "ok":
             fill_row(row, setting, args, facts["ceilings"][f"matmul {timing.dtype_name(setting.dtype)}"])
         save(rows)
+        if row["status"] not in ("ok", "parity"):
+            timing.require_device(setting.device, f"{row['provider']} at {row['seq']}")
     return rows
 
 

@@ -48,7 +48,9 @@ def flex():
     """torch's FlexAttention, compiled. It has no dropout, and no backward on a CPU."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled = torch.compile(flex_attention)
+    # A symbolic length costs masked loads in every tile, even of lengths that tiles divide; only decoding, where each
+    # token has a length of its own, is better off with it than with a compilation per shape.
+    square, growing = torch.compile(flex_attention, dynamic=False), torch.compile(flex_attention)
 
     @functools.lru_cache(maxsize=16)
     def block_mask(Tq, Tk, device):
@@ -57,7 +59,8 @@ def flex():
     def attend(q, k, v, *, scale=None, dropout_p=0.0):
         if dropout_p > 0:
             raise ValueError(f"flex has no dropout on the attention weights, got dropout_p={dropout_p}")
-        mask = block_mask(q.shape[2], k.shape[2], q.device)
+        Tq, Tk = q.shape[2], k.shape[2]
+        mask, compiled = block_mask(Tq, Tk, q.device), square if Tq == Tk else growing
         return compiled(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
     return attend

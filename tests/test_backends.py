@@ -173,6 +173,21 @@ def test_dtypes_by_device():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
+def test_flex_is_compiled_for_the_very_length_unless_it_decodes(monkeypatch):
+    asked = []
+
+    def compile_for(function, dynamic=None):
+        return lambda *tensors, **options: asked.append(dynamic)
+
+    monkeypatch.setattr(torch, "compile", compile_for)
+    monkeypatch.setattr("torch.nn.attention.flex_attention.create_block_mask", lambda *_, **device: None)
+    attend = backends.attention("flex")
+    q, k = torch.randn(1, 1, 4, 16), torch.randn(1, 1, 8, 16)
+    attend(k, k, k)
+    attend(q, k, k)
+    assert asked == [False, None]
+
+
 @pytest.mark.deep
 def test_flex_equals_the_reference(device):
     attend = backends.attention("flex")

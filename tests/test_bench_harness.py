@@ -8,6 +8,7 @@ import torch
 
 from bench import (
     attention,
+    command,
     compiled,
     cross_entropy,
     environment,
@@ -21,6 +22,7 @@ from bench import (
     table,
     timing,
 )
+from bench.arguments import GaveUp
 from gptlib import reference
 
 CPU = torch.device("cpu")
@@ -373,6 +375,57 @@ def test_rows_are_handed_over_as_they_come():
     seen = []
     run_attention(provider("eager", reference.causal_attention), on_row=lambda rows: seen.append(len(rows)))
     assert seen == [1, 2]
+
+
+def test_what_cannot_be_compared_is_a_failed_row(monkeypatch):
+    compare = gate.parity.compare
+
+    def read(tensor, *expected, **rule):  # where a kernel's fault shows
+        if tensor.isnan().all():
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return compare(tensor, *expected, **rule)
+
+    monkeypatch.setattr(gate.parity, "compare", read)
+    bad = provider("bad", lambda q, k, v, **_: (q + k + v) * torch.nan)
+    rows = run_attention(bad, provider("eager", reference.causal_attention))
+    assert [row["status"] for row in rows] == ["failed", "ok"] * 2
+    assert "illegal memory access" in rows[0]["note"]
+
+
+def test_nothing_is_blamed_on_others_once_the_device_is_lost(monkeypatch):
+    def lost(device, culprit):
+        raise GaveUp(culprit)
+
+    seen = []
+    monkeypatch.setattr(timing, "require_device", lost)
+    competitors = [provider(name, reference.causal_attention) for name in ("first", "last")]
+    competitors.insert(1, provider("bad", sees_the_future))
+    with pytest.raises(GaveUp, match="bad fwd"):
+        run_attention(*competitors, on_row=lambda rows: seen.append([r["provider"] for r in rows]))
+    assert seen[-1] == ["first", "bad"], "each is checked and timed before the next is touched"
+
+
+def test_a_lost_device_names_who_lost_it(monkeypatch):
+    def fails(device=None):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand a long story")
+
+    timing.require_device(CPU, "nobody")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    timing.require_device("cuda", "nobody")
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    with pytest.raises(GaveUp, match=r"^triton fwd: CUDA error: an illegal memory access was encountered\. After"):
+        timing.require_device("cuda", "triton fwd")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", fails)
+    timing.free_memory()
+
+
+def test_giving_up_is_one_line_and_exit_1(capsys):
+    def main(argv):
+        raise GaveUp("no GPU is left")
+
+    assert command.run(main) == 1
+    assert capsys.readouterr().err == "error: no GPU is left\n"
 
 
 def test_the_table_marks_the_best_and_shows_why_a_cell_is_empty():

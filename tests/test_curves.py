@@ -160,6 +160,21 @@ def test_without_a_reference_there_is_nothing_to_compare(in_process, monkeypatch
     assert not (in_process / "out" / "curves.csv").exists()
 
 
+def test_an_interrupted_training_leaves_no_weights(in_process, monkeypatch):
+    def interrupted(flags, log):
+        (folder / "checkpoint.partial").mkdir(parents=True)
+        (folder / "metrics.csv").write_text("step")
+        raise KeyboardInterrupt
+
+    args = curves.parse(["--attn", "sdpa", "--preset", "tiny", "--steps", "3", "--out", "out"])
+    training = curves.trainings_of(args)[0]
+    folder = training.folder("out")
+    monkeypatch.setattr(curves, "start_trainer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        curves.run(training, args, choose_device("cpu"))
+    assert [path.name for path in folder.iterdir()] == ["metrics.csv"]
+
+
 def test_the_trainer_runs_as_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = []

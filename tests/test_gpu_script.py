@@ -91,6 +91,16 @@ def test_everything_is_saved_as_it_comes(tmp_path):
         assert archive.extractfile("gpu/02-b.log").read() == b"log of b\n"
 
 
+def test_weights_that_a_killed_training_left_are_not_archived(tmp_path):
+    for name in ("checkpoint", "checkpoint.partial"):
+        (tmp_path / "curves" / "sdpa" / name).mkdir(parents=True)
+        (tmp_path / "curves" / "sdpa" / name / "model.safetensors").write_bytes(b"gigabytes")
+    (tmp_path / "curves" / "sdpa" / "metrics.csv").write_text("step\n")
+    gpu.save([], tmp_path)
+    with tarfile.open(tmp_path / gpu.ARCHIVE) as archive:
+        assert sorted(archive.getnames()) == ["gpu/curves/sdpa/metrics.csv", "gpu/summary.json"]
+
+
 # ---- real processes --------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kernels
-from bench import numerics, table
+from bench import command, numerics, table
 from gptlib import reference
 
 
@@ -35,3 +35,15 @@ def test_the_command_writes_its_table(tmp_path, monkeypatch, capsys, device):
     ]
     assert json.loads((tmp_path / "numerics_rows.json").read_text())["section"] == "rows"
     assert "softmax" in capsys.readouterr().out
+
+
+def test_a_call_that_fails_is_a_row_and_the_others_go_on(tmp_path, monkeypatch, device):
+    def breaks(x):
+        raise RuntimeError("out of resource: shared memory")
+
+    cases = [softmax_case(breaks, device), softmax_case(kernels.softmax, device)]
+    monkeypatch.setitem(numerics.SECTIONS, "rows", lambda device: cases)
+    flags = ["--section", "rows", "--dtype", "fp32", "--device", device, "--out", str(tmp_path)]
+    assert command.run(numerics.main, flags) == 1
+    rows = table.read_csv(tmp_path / "numerics_rows.csv")
+    assert [row["within"] for row in rows] == ["failed: out of resource: shared memory", "yes", "yes"]
