@@ -7,8 +7,8 @@
 
 A step is the trainer's own (gptlib.train): batch to the device, forward, backward, clipping, AdamW; evaluation,
 sampling and checkpoints stay out. Before its first row every contestant trains a two-layer model of the same widths for
-a few steps on the same data and weights without dropout: one whose losses differ from the reference's is refused, not
-timed. Dropout is off unless asked for, since not every contestant has it.
+a few steps on the same data and weights without dropout: one whose losses, or whose gradients of any weight matrix,
+differ from the reference's is refused, not timed. Dropout is off unless asked for, since not every contestant has it.
 
 MFU is by the common formula, which counts attention's whole square. "of ceiling" counts the causal half, the work that
 has to be done, and holds it against the matrix product measured in the same run.
@@ -38,7 +38,8 @@ from gptlib.train import build_model, make_optimizer, to_device, train_step
 
 COLUMNS = [
     *("bench", "provider", "attn", "norm", "loss", "compile", "preset", "dtype", "batch", "seq", "drop_rate", "status"),
-    *("tokens_per_s", "p20_ms", "p50_ms", "p80_ms", "mfu", "share", "peak_mib", "largest_batch", "loss_difference"),
+    *("tokens_per_s", "p20_ms", "p50_ms", "p80_ms", "mfu", "share", "peak_mib", "largest_batch"),
+    *("loss_difference", "gradient_difference"),
     *("flops_per_token", "parameters", "device", "note"),
 ]
 SHOWN = [
@@ -47,6 +48,7 @@ SHOWN = [
 ]
 CHECK_STEPS, CHECK_LAYERS, CHECK_BATCH, CHECK_SEQ = 3, 2, 1, 1024
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # nats; bf16 rounds a loss of 10 by up to 0.03 on the way
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a matrix, relative; eager bf16 is 0.012 off fp32
 WARMUP_STEPS, LR, SEED = 3, 1e-4, 0
 LARGEST_BATCH = 4096
 
@@ -84,11 +86,24 @@ class Run:
         self.autocast = autocast_for(setting.device, setting.dtype)
         self.generator = torch.Generator().manual_seed(SEED)
 
-    def step(self):
+    def batch(self):
         cfg = self.setting.cfg
         tokens = torch.randint(cfg.vocab_size, (self.setting.batch, cfg.context_length + 1), generator=self.generator)
-        batch = to_device((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()), self.setting.device)
-        return train_step(self.loss_fn, self.optimizer, [batch], lr=LR, autocast=self.autocast)[0]
+        return to_device((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()), self.setting.device)
+
+    def step(self):
+        return train_step(self.loss_fn, self.optimizer, [self.batch()], lr=LR, autocast=self.autocast)[0]
+
+    def gradients(self):
+        """{name: gradient, on the CPU} of every weight matrix on a batch. Not of vectors: that of the keys' bias, which
+        shifts all scores of a query alike, is nothing but rounding."""
+        with self.autocast:
+            loss = self.loss_fn(*self.batch())
+        loss.backward()
+        matrices = {n: p for n, p in self.model.named_parameters() if p.dim() >= 2}
+        found = {n: (torch.zeros_like(p) if p.grad is None else p.grad).cpu() for n, p in matrices.items()}
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
 
     def peak_mib(self):
         """Memory of one more step at its peak, model and optimizer included."""
@@ -101,45 +116,61 @@ class Run:
         return (held + timing.HostTimer().extra_memory(self.step)) / timing.MIB
 
 
-# ---- the same losses first -------------------------------------------------------------------------------------------
+# ---- the same losses and gradients first -----------------------------------------------------------------------------
 
 
-class LossCheck:
-    """Contestants' losses beside the reference's, on a small model. Each trains it when it is first asked for."""
+class Check:
+    """Contestants beside the reference, on a small model. Each trains it when it is first asked for."""
 
     def __init__(self, settings):
         self.seq = min(CHECK_SEQ, *(s.cfg.context_length for s in settings))
         self.expected, self.found = None, {}
 
     def verdict(self, setting):
-        """(status, largest loss difference to the reference, note)"""
+        """(status, largest difference of a loss, of a matrix' gradient, note)"""
         if setting.name not in self.found:
             cfg = dataclasses.replace(setting.cfg, n_layers=CHECK_LAYERS, drop_rate=0.0, context_length=self.seq)
             small = dataclasses.replace(setting, cfg=cfg, batch=CHECK_BATCH, compile=False)
             if self.expected is None:
-                self.expected = losses(dataclasses.replace(small, attn="reference", norm="reference", loss="reference"))
-            self.found[setting.name] = compare_losses(small, self.expected)
+                self.expected = trial(dataclasses.replace(small, attn="reference", norm="reference", loss="reference"))
+            self.found[setting.name] = compare(small, *self.expected)
             timing.free_memory()
         return self.found[setting.name]
 
 
-def compare_losses(setting, expected):
-    """(status, largest difference, note) of one contestant on the small model."""
+def compare(setting, expected_losses, expected_gradients):
+    """(status, largest difference of a loss, of a matrix' gradient, note) of one contestant on the small model."""
     try:
         with gate.count_interpreted_launches() as launches:
-            differences = [abs(a - b) for a, b in zip(losses(setting), expected, strict=True)]
+            losses, gradients = trial(setting)
     except Exception as e:
-        return gate.status_of(e), None, providers.first_line(e)
-    difference = math.inf if any(math.isnan(d) for d in differences) else max(differences)
-    tolerance = TOLERANCE[setting.dtype]
-    if not difference <= tolerance:
-        return "wrong", difference, f"losses differ from the reference's by {difference:.1e}, allowed {tolerance:.0e}"
-    return ("parity" if launches() else "ok"), difference, ""
+        return gate.status_of(e), None, None, providers.first_line(e)
+    loss = max((abs(a - b) for a, b in zip(losses, expected_losses, strict=True)), key=nan_last)
+    apart = {n: relative_distance(gradients[n], expected) for n, expected in expected_gradients.items()}
+    worst = max(apart, key=lambda n: nan_last(apart[n]))
+    found = nan_last(loss), nan_last(apart[worst])
+    for difference, what, allowed in (
+        (found[0], "losses differ", TOLERANCE[setting.dtype]),
+        (found[1], f"the gradient of {worst} differs", GRADIENT_TOLERANCE[setting.dtype]),
+    ):
+        if difference > allowed:
+            return "wrong", *found, f"{what} from the reference's by {difference:.1e}, allowed {allowed:.0e}"
+    return ("parity" if launches() else "ok"), *found, ""
 
 
-def losses(setting):
+def trial(setting):
+    """(losses of a few steps, gradients of the first)"""
     run = Run(setting)
-    return [float(run.step()) for _ in range(CHECK_STEPS)]
+    gradients = run.gradients()
+    return [float(run.step()) for _ in range(CHECK_STEPS)], gradients
+
+
+def relative_distance(x, expected):
+    return float((x - expected).norm() / expected.norm())
+
+
+def nan_last(x):
+    return math.inf if math.isnan(x) else x
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -215,7 +246,7 @@ def largest_batch(fits, most=LARGEST_BATCH):
 
 
 def fill_row(row, setting, args, ceiling):
-    """Figures of a contestant whose losses are right."""
+    """Figures of a contestant that is right."""
     try:
         row.update(measure(setting, args.steps, ceiling))
     except Exception as e:
@@ -289,7 +320,7 @@ def check_name(flag, name, known, resolve):
 
 
 def new_row(setting, preset, verdict):
-    status, difference, note = verdict
+    status, loss, gradient, note = verdict
     return {
         "bench": "train-compiled" if setting.compile else "train",
         "provider": setting.name,
@@ -303,7 +334,8 @@ def new_row(setting, preset, verdict):
         "seq": setting.cfg.context_length,
         "drop_rate": setting.cfg.drop_rate,
         "status": status,
-        "loss_difference": difference,
+        "loss_difference": loss,
+        "gradient_difference": gradient,
         "device": environment.device_name(setting.device),
         "note": note,
     }
@@ -333,8 +365,8 @@ def show(rows):
 
 
 def run(settings, preset, args, facts, save):
-    """All rows, one contestant after the other, each timed only if its losses are right. `save(rows)` after each."""
-    checks, rows = LossCheck(settings), []
+    """All rows, one contestant after the other, each timed only if it is right. `save(rows)` after each."""
+    checks, rows = Check(settings), []
     for setting in tqdm(settings, unit="row", disable=None):
         row = new_row(setting, preset, checks.verdict(setting))
         rows.append(row)
