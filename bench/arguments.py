@@ -1,7 +1,9 @@
 """Command lines that teach, and complain in one line: for every bench, torch or no torch."""
 
 import argparse
+import os
 import sys
+from pathlib import Path
 
 from gptlib import errors
 
@@ -13,6 +15,17 @@ class Parser(errors.Parser):
         first, _, rest = doc.strip().partition("\n\n")
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(description=first, epilog=rest, formatter_class=formatter, allow_abbrev=False, **options)
+
+
+def folder(text):
+    """A path that is a folder, or can become one, and can be written to."""
+    path = Path(text).absolute()
+    found = next(p for p in (path, *path.parents) if os.path.exists(p))
+    if not text or not found.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is {'a file' if text else 'empty'}; name a folder")
+    if not os.access(found, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written to; name another folder")
+    return text
 
 
 class GaveUp(Exception):

@@ -2,11 +2,10 @@
 
 import argparse
 import re
-from pathlib import Path
 
 import torch
 
-from bench.arguments import Parser, run  # noqa: F401  (for every bench)
+from bench.arguments import Parser, folder, run  # noqa: F401  (for every bench)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MODES = ("fwd", "bwd", "fwd+bwd")
@@ -59,13 +58,6 @@ def label(text):
     """A word that can be part of a file's name."""
     if not re.fullmatch(r"[a-z0-9]+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not made of a to z and 0 to 9 alone")
-    return text
-
-
-def folder(text):
-    """A path that is a folder, or can become one."""
-    if Path(text).exists() and not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a file; name a folder")
     return text
 
 

@@ -80,7 +80,7 @@ def main(argv=None):
     p.add_argument("--triton", type=command.names, default=list(VERSIONS), metavar="V,...")
     p.add_argument("--arch", type=command.one_of(compiled.LIMITS), default=["sm_80", "sm_90"], metavar="A,...")
     p.add_argument("--jobs", type=command.positive, metavar="N", help="processes; default: one per core")
-    p.add_argument("--out", default="runs/bench/compiled", metavar="DIR")
+    p.add_argument("--out", type=command.folder, default="runs/bench/compiled", metavar="DIR")
     p.add_argument("--publish", action="store_true", help="also replace results/compiled/matrix.csv and .json")
     p.add_argument("--commit", help="commit id to record, for a checkout without git")
     args = p.parse_args(argv)

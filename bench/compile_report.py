@@ -53,7 +53,10 @@ def parse_tile(text):
     sizes, form = text.split(",")[:4], text.split(",")[4:]
     loops, registers = form[:1] or ["two"], form[1:]
     numbers = [*sizes, *registers]
-    if len(sizes) < 4 or len(registers) > 1 or loops[0] not in LOOPS or not all(n.isdecimal() for n in numbers):
+    well_formed = len(sizes) == 4 and len(registers) < 2 and loops[0] in LOOPS and all(n.isdecimal() for n in numbers)
+    if well_formed and any((n := int(size)) < 1 or n & (n - 1) for size in sizes[:3]):
+        raise UserError(f"--tile {text}: queries, keys and warps are powers of two, such as 128,64,8,2")
+    if not well_formed:
         raise UserError(
             f"--tile {text}: needs queries,keys,warps,stages and may go on with loops ({', '.join(LOOPS)}) and the "
             "registers of a thread, such as 128,64,8,2 or 128,64,8,2,overlap,255"
@@ -170,13 +173,15 @@ def main(argv=None):
     p.add_argument("--tile", metavar="Q,K,W,S,...", help="a tile for --kernel forward, dkdv or dq to try instead")
     p.add_argument("--core", action="store_true", help="only the smaller set that the long tests compile")
     p.add_argument("--jobs", type=command.positive, metavar="N", help="processes; default: one per core")
-    p.add_argument("--out", default="runs/bench/compiled", metavar="DIR", help="where the CSV and JSON go")
+    p.add_argument(
+        "--out", type=command.folder, default="runs/bench/compiled", metavar="DIR", help="where the CSV and JSON go"
+    )
     p.add_argument("--publish", action="store_true", help="also replace results/compiled/<arch>/")
     p.add_argument("--lower-ceilings", action="store_true", help=f"bring {compiled.CEILINGS.name} down to this run")
     p.add_argument("--commit", help="commit id to record, for a checkout without git")
     args = p.parse_args(argv)
-    if args.publish and (args.kernel or args.config or args.core):
-        raise UserError("--publish replaces the whole report; run it without --kernel, --config and --core")
+    if args.publish and (args.kernel or args.config or args.core or args.tile):
+        raise UserError("--publish replaces the whole report; run it without --kernel, --config, --core and --tile")
     cases = [case for case in compile_cases.cases() if case.core or not args.core]
     if args.tile:
         if len(args.kernel) != 1 or args.kernel[0] not in TILED:

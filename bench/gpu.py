@@ -31,7 +31,7 @@ if not __package__:  # run as a script: the checkout belongs on the path, not be
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench import report, table
-from bench.arguments import Parser, run
+from bench.arguments import Parser, folder, run
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = "results.tar.gz"
@@ -94,7 +94,7 @@ def plan(device_name, out, commit=None):
     few, one = "--seq 64 --providers reference,sdpa --budget 0.01", "--length 64 --providers reference,torch"
     tiny = "--preset tiny --n-layers 1 --seq 32 --steps 3 --attn reference+torch+torch,sdpa+torch+torch"
     return [
-        Step("environment", 0.2, (python, "bench/environment.py")),
+        Step("environment", 0.5, (python, "bench/environment.py")),
         Step("tests", 3.0, (*tests, "-m", "device and not deep")),
         Step("numerics", 0.8, bench("numerics", "", "--section rows --dtype fp32")),
         Step("attention", 1.5, bench("attention", attention, few)),
@@ -114,7 +114,7 @@ def plan(device_name, out, commit=None):
             bench("linear_cross_entropy", loss, "--tokens 40 --classes 64 --providers reference,torch --budget 0.01"),
         ),
         Step("cross_entropy", 0.4, bench("cross_entropy", classes, one)),
-        Step("train-compiled", 1.5, bench("train", f"{train} {kinds} --compile", tiny)),
+        Step("train-compiled", 1.5, bench("train", f"{train} {kinds} --compile", f"{tiny} --compile")),
         Step("tests-deep", 2.0, (*tests, "-m", "device and deep")),
         Step("memcheck", 0.7, (python, "bench/memcheck.py", "--device", device)),
         Step("attention-dropout", 0.4, bench("attention", f"{dropout} --label dropout", f"{few} --label dropout")),
@@ -236,11 +236,14 @@ def parse(argv):
     p.add_argument("--only", help="comma-separated steps; a wrong one lists them")
     p.add_argument(
         "--out",
+        type=folder,
         default=os.environ.get("GPU_OUT", str(ROOT / "runs" / "gpu")),
         help="folder for logs and results (runs/gpu, or GPU_OUT)",
     )
     p.add_argument("--commit", help="commit id to record, for a checkout without git")
-    p.add_argument("--device", default="cuda", help="cuda; cpu rehearses the same commands on tiny shapes")
+    p.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cuda; cpu rehearses the same commands on tiny shapes"
+    )
     args = p.parse_args(argv)
     if not args.minutes > 0:
         p.error(f"--minutes {args.minutes:g} is not positive")

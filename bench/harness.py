@@ -26,6 +26,7 @@ from bench import command, compiled, environment, gate, output, providers, timin
 from bench.against import OtherCommit
 from bench.gate import as_tuple
 from gptlib.device import choose_device
+from gptlib.errors import UserError
 
 SEED = 0
 
@@ -144,7 +145,7 @@ def run(bench, cases, competitors, modes, *, reference, device, timer, ceilings,
                     rows.append(row)
                     on_row(rows)
                     progress.update()
-                    if row["status"] not in ("ok", "parity"):
+                    if not right(row):
                         timing.require_device(device, f"{provider.name} {mode} {row['checked_at']}")
             del inputs
             timing.free_memory()
@@ -185,6 +186,11 @@ def fill_row(row, bench, provider, inputs, case, mode, verdict, timer, budget_s)
         timing.free_memory()  # only now: an exception being handled holds what its frames hold
 
 
+def right(row):
+    """Whether its provider passed the gate and did not fail later."""
+    return row["status"] in ("ok", "parity")
+
+
 def add_rate(row, ceiling):
     """Rate in the row's unit, and its share of the measured ceiling (FLOP/s or bytes/s)."""
     scale, work = output.UNITS[row["unit"]]
@@ -221,10 +227,12 @@ def main(bench, args):
     ops = list(dict.fromkeys(bench.op(case) for case in cases))
     chosen = choose_providers(ops, args.providers, device)
     competitors = {op: providers.resolve(op, chosen[op]) for op in ops}
+    missing = [line for _, lines in competitors.values() for line in lines]
+    if not args.against and not any(found for found, _ in competitors.values()):
+        raise UserError(f"nobody is left to measure: {'; '.join(dict.fromkeys(missing))}")
     report = output.Report(bench, device, args, list(cases[0]))
     timer = timing.timer_for(device)
     ceilings = timing.measure_ceilings(timer, device, [command.DTYPES[d] for d in args.dtype], args.budget)
-    missing = [line for _, lines in competitors.values() for line in lines]
     report.facts |= {"ceilings": ceilings, "missing": list(dict.fromkeys(missing))}
     for op in ops:
         own = [case for case in cases if bench.op(case) == op]
@@ -233,12 +241,15 @@ def main(bench, args):
         with other_commit(args, bench, op, device) as others:
             reference = providers.reference_of(op)
             rows = run(bench, own, found + others, args.mode, reference=reference, on_row=report.save, **settings)
+        if not rows:
+            continue
         report.finish_op(op, rows)
         if args.profile:
             report.show_profile(op, profile(bench, own[-1], found, rows, device, report.trace_path(op)))
         archs = args.arch or (["sm_90"] if device.type == "cpu" else [])
-        if archs and "triton" in chosen[op]:
-            report.show_compiled(archs, {c.name: c for c in map(bench.compile_case, own)}.values())
+        able = [c for c in own if any(r["provider"] == "triton" and right(r) and c.items() <= r.items() for r in rows)]
+        if archs and able:
+            report.show_compiled(archs, {c.name: c for c in map(bench.compile_case, able)}.values())
     report.finish()
 
 

@@ -248,18 +248,17 @@ def machine_code(folder):
     reports = {path.parent.name: table.read_csv(path) for path in sorted(folder.glob("compiled/*/report.csv"))}
     if not reports:
         return []
-    facts = json.loads((folder / "compiled" / next(iter(reports)) / "report.json").read_text())
-    header = ["GPU architecture", "kernels", "configurations", "spilling", "most bytes", "where"]
+    header = ["GPU architecture", "kernels", "configurations", "spilling", "most bytes", "where", "made"]
     lines = []
     for arch, rows in reports.items():
         spilling = [row for row in rows if row["spill_bytes"]]
         most = max(spilling, key=lambda row: row["spill_bytes"], default=None)
         where = f"{most['kernel'].removesuffix('_kernel')} of {most['case']}" if most else ""
         counts = len({row["kernel"] for row in rows}), len(rows), len(spilling), most["spill_bytes"] if most else 0
-        lines.append([f"[{arch}](compiled/{arch}/report.csv)", *counts, where])
-    made = (
-        f"`{facts['command']}`, {facts['date'][:10]}, commit {facts['commit']}, triton {facts['packages']['triton']}."
-    )
+        facts = json.loads((folder / "compiled" / arch / "report.json").read_text())
+        made = f"{facts['date'][:10]}, {facts['commit']}, triton {facts['packages']['triton']}"
+        lines.append([f"[{arch}](compiled/{arch}/report.csv)", *counts, where, made])
+    made = "Each made by `python bench/compile_report.py --arch NAME --publish` at the commit that its row names."
     parts = ["", "## Machine code, compiled without a GPU", "", made, "", markdown(header, lines)]
     matrix = folder / "compiled" / "matrix.csv"
     if matrix.is_file():

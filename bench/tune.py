@@ -280,7 +280,7 @@ def main(argv=None):
     p.add_argument("--arch", choices=compiled.LIMITS, help="write the candidates for this architecture; needs no GPU")
     p.add_argument("--candidates", metavar="FILE", help="time these, which --arch wrote, and no others")
     p.add_argument("--jobs", type=command.positive, metavar="N", help="compiling processes; default: one per core")
-    p.add_argument("--out", default="runs/bench/tune", metavar="DIR")
+    p.add_argument("--out", type=command.folder, default="runs/bench/tune", metavar="DIR")
     p.add_argument("--commit", help="commit id to record, for a checkout without git")
     args = p.parse_args(argv)
     if args.arch:
@@ -289,8 +289,8 @@ def main(argv=None):
     if not torch.cuda.is_available():
         raise UserError(
             "tuning measures, and this machine has no GPU that torch can use: run it on the machine whose rows you "
-            "want (NVIDIA of compute capability 8.0 or newer, or AMD's gfx942). Without one, python "
-            "bench/compile_report.py says which tiles spill and what bounds them"
+            "want (NVIDIA of compute capability 8.0 or newer, or AMD's gfx942). Without one, --arch sm_90 compiles and "
+            "selects the candidates for it"
         )
     tune(args, torch.device("cuda"))
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from bench import attention, command, environment, layernorm, linear_cross_entropy, providers, softmax, table
+from bench import attention, command, environment, layernorm, linear_cross_entropy, providers, ratios, softmax, table
 from gptlib import reference
 from gptlib.errors import UserError
 
@@ -62,6 +62,9 @@ def test_another_loss_is_refused(device, tmp_path):
         (attention.main, ["--against", "no-such-ref"], ["--against", "git"]),
         (attention.main, ["--wat"], ["--wat"]),
         (attention.main, ["--out", __file__], ["--out", "is a file"]),
+        (attention.main, ["--out", f"{__file__}/below"], ["--out", "is a file"]),
+        (attention.main, ["--out", ""], ["--out", "is empty"]),
+        (attention.main, ["--providers", "flash-attn-3"], ["nobody is left to measure", "flash-attn-3: not usable"]),
         (softmax.main, ["--length", "0"], ["--length"]),
         (softmax.main, ["--op", "sigmoid"], ["'sigmoid'", "causal_softmax"]),
         (softmax.main, ["--providers", "some.module:function"], ["'some.module:function'", "liger"]),
@@ -117,3 +120,25 @@ def test_help_is_the_docstring(name, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert " ".join(script.__doc__.split("\n\n")[0].split()) in printed
     assert " ".join(script.__doc__.strip().split("\n\n")[-1].split()) in printed
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert command.run(attention.main, ["--out", str(tmp_path / "new")]) == 2
+    assert "cannot be written to; name another folder" in capsys.readouterr().err
+
+
+def test_what_a_kernel_refuses_is_not_compiled_either(device, tmp_path, monkeypatch, capsys):
+    flags = ["--seq", "16", "--head-dim", "512", "--heads", "1", "--providers", "triton", "--budget", "0.01"]
+    monkeypatch.setattr("bench.compile_report.compile_all", lambda *args, **options: pytest.fail("compiled"))
+    assert command.run(attention.main, [*flags, "--arch", "sm_90", "--device", device, "--out", str(tmp_path)]) == 0
+    assert {row["status"] for row in table.read_csv(tmp_path / "attention.csv")} == {"unsupported"}
+
+
+def test_a_grown_ratio_is_one_line(monkeypatch, tmp_path, capsys):
+    def regressed(flags):
+        raise ratios.PerformanceRegression("Performance has regressed.")
+
+    monkeypatch.setattr(ratios.pytest, "main", regressed)
+    assert command.run(ratios.main, ["--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("error: a ratio grew by more than 25 %")

@@ -257,6 +257,7 @@ def test_a_tile_is_tried_in_the_place_of_the_row(tmp_path, capsys):
         (["--arch", "sm_70"], "sm_70' is unknown; known: sm_80"),
         (["--arch", "gfx942", "--kernel", "nonesuch", "--jobs", "1"], "no kernel or configuration has such a name"),
         (["--publish", "--kernel", "softmax"], "--publish replaces the whole report"),
+        (["--kernel", "dq", "--tile", "100,64,4,2"], "powers of two"),
     ],
 )
 def test_mistakes_are_one_line(only_toys, tmp_path, capsys, arguments, message):
