@@ -24,7 +24,8 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
 from gptlib import checkpoint
-from gptlib.errors import Parser, UserError
+from gptlib.errors import Parser, UserError, exit_status
+from gptlib.flags import file_name
 from gptlib.model import GPT2, GPTConfig
 from gptlib.tokenizer import END_OF_TEXT, Tokenizer, byte_characters, load_gpt2
 
@@ -274,22 +275,25 @@ def _write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    return exit_status(lambda: _run(arguments))
+
+
+def _run(arguments: list[str] | None) -> None:
     parser = Parser(prog="gptlib.convert", description="GPT-2 checkpoints of Hugging Face in and out.")
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--from-hf", metavar="DIR", help="folder of config.json and model.safetensors")
-    direction.add_argument("--to-hf", metavar="RUN", help="run folder whose model to write in their format")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, new or empty")
-    try:
-        options = parser.parse_args(arguments)
-        convert = import_run if options.from_hf else export_run
-        cfg = convert(options.from_hf or options.to_hf, options.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    direction.add_argument(
+        "--from-hf", type=file_name, metavar="DIR", help="folder of config.json and model.safetensors"
+    )
+    direction.add_argument(
+        "--to-hf", type=file_name, metavar="RUN", help="run folder whose model to write in their format"
+    )
+    parser.add_argument("--out", type=file_name, required=True, metavar="DIR", help="folder to write, new or empty")
+    options = parser.parse_args(arguments)
+    convert = import_run if options.from_hf else export_run
+    cfg = convert(options.from_hf or options.to_hf, options.out)
     if options.to_hf:
         print("the tokenizer is not written: it stays in the run's tokenizer.json")
     print(f"{options.out}: {cfg.n_layers} layers, {cfg.emb_dim} wide, {cfg.n_heads} heads, {cfg.vocab_size:,} tokens")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """A user's mistakes, and the command lines that report them."""
 
 import argparse
+import os
+import sys
 
 
 class UserError(Exception):
@@ -12,3 +14,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
+
+
+def exit_status(command):
+    """What `command()` returns, 0 for None; 2 and one line on stderr for a user's mistake, 130 when interrupted, 141
+    when nobody reads its output any longer, as after `| head`."""
+    try:
+        status = command() or 0
+        sys.stdout.flush()
+        return status
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere when Python exits
+        return 141

@@ -9,8 +9,8 @@ import torch
 
 from gptlib import backends, checkpoint
 from gptlib.device import autocast_for, choose_device, choose_dtype
-from gptlib.errors import Parser, UserError
-from gptlib.options import fraction, non_negative_float, positive_int, seed
+from gptlib.errors import Parser, UserError, exit_status
+from gptlib.flags import file_name, fraction, non_negative_float, positive_int, seed
 from gptlib.tokenizer import Tokenizer
 
 
@@ -145,7 +145,7 @@ def tokens_beginning_with(text, tokenizer, vocab_size):
 
 def parse(argv):
     parser = Parser(prog="python -m gptlib.generate", description="Continue a text with a trained model.")
-    parser.add_argument("--run", required=True, metavar="DIR", help="run folder of gptlib.train")
+    parser.add_argument("--run", type=file_name, required=True, metavar="DIR", help="run folder of gptlib.train")
     parser.add_argument("--prompt", default="", help="text to continue (default: none, a new document)")
     parser.add_argument("--max-new-tokens", type=positive_int, default=200, metavar="N")
     parser.add_argument("--temperature", type=non_negative_float, default=0.8, help="0: likeliest token (default 0.8)")
@@ -193,12 +193,7 @@ def run(args: argparse.Namespace):
 
 
 def main(argv=None):
-    try:
-        run(parse(argv))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 import argparse
 import dataclasses
-import math
 
 from gptlib import backends
 from gptlib.errors import Parser, UserError
+from gptlib.flags import below_one, file_name, non_negative_float, non_negative_int, positive_float, positive_int, seed
 from gptlib.model import PRESETS, GPTConfig
 from gptlib.tokenizer import NAMES as TOKENIZERS
 
@@ -73,55 +73,6 @@ NOT_INHERITED = ("out", "resume", "overwrite", "stop_at", "profile")
 DTYPES = ("auto", "float32", "bfloat16")
 
 
-def positive_int(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
-def non_negative_int(text):
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def seed(text):
-    value = non_negative_int(text)
-    if value >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not below 2^63")
-    return value
-
-
-def positive_float(text):
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def non_negative_float(text):
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return value
-
-
-def fraction(text):
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
-
-
-def below_one(text):
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
-    return value
-
-
 def parse(argv=None):
     """The flags given, None where one was not."""
     parser = Parser(
@@ -138,7 +89,9 @@ def parse(argv=None):
     model.add_argument("--qkv-bias", action=argparse.BooleanOptionalAction)
     model.add_argument("--tie-weights", action=argparse.BooleanOptionalAction, help="head and embedding share weights")
     data = parser.add_argument_group("data")
-    data.add_argument("--data", nargs="+", metavar="PATH", help="files, folders, globs (the Python standard library)")
+    data.add_argument(
+        "--data", type=file_name, nargs="+", metavar="PATH", help="files, folders, globs (the Python standard library)"
+    )
     data.add_argument("--tokenizer", choices=TOKENIZERS)
     data.add_argument("--stride", type=positive_int, help="tokens between window starts (the context length)")
     training = parser.add_argument_group("training")
@@ -156,7 +109,9 @@ def parse(argv=None):
     training.add_argument("--clip", type=positive_float, help="largest norm of the gradient")
     training.add_argument("--seed", type=seed)
     reports = parser.add_argument_group("reports")
-    reports.add_argument("--out", metavar="DIR", help="run folder (runs/<preset>-<attn>, numbered when taken)")
+    reports.add_argument(
+        "--out", type=file_name, metavar="DIR", help="run folder (runs/<preset>-<attn>, numbered when taken)"
+    )
     reports.add_argument("--log-every", type=positive_int, metavar="STEPS")
     reports.add_argument("--eval-every", type=positive_int, metavar="STEPS")
     reports.add_argument("--eval-windows", type=positive_int, help="validation windows until the last evaluation")

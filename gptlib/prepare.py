@@ -29,7 +29,8 @@ import numpy as np
 from tqdm import tqdm
 
 from gptlib import tokenizer as tokenizers
-from gptlib.errors import Parser, UserError
+from gptlib.errors import Parser, UserError, exit_status
+from gptlib.flags import file_name, positive_int
 from gptlib.tokenizer import Tokenizer
 
 VALIDATION_SHARE = 0.05
@@ -321,17 +322,23 @@ def _open(folder: Path, fingerprint: str) -> Corpus | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    return exit_status(lambda: _run(arguments))
+
+
+def _run(arguments: list[str] | None) -> None:
     parser = Parser(prog="gptlib.prepare", description="Turn text into token shards on disk.")
-    parser.add_argument("--data", nargs="+", metavar="PATH", help="files, folders, patterns (default: the stdlib)")
+    parser.add_argument(
+        "--data", type=file_name, nargs="+", metavar="PATH", help="files, folders, patterns (default: the stdlib)"
+    )
     parser.add_argument("--tokenizer", default="corpus", help=f"one of {', '.join(tokenizers.NAMES)} (default: corpus)")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="largest corpus vocabulary (default: 4096)")
-    parser.add_argument("--cache-dir", default="runs/data", help="where the shards go (default: runs/data)")
-    try:
-        options = parser.parse_args(arguments)
-        corpus = prepare(options.data, options.tokenizer, options.vocab_size, cache_dir=options.cache_dir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument(
+        "--vocab-size", type=positive_int, default=4096, help="largest corpus vocabulary (default: 4096)"
+    )
+    parser.add_argument(
+        "--cache-dir", type=file_name, default="runs/data", help="where the shards go (default: runs/data)"
+    )
+    options = parser.parse_args(arguments)
+    corpus = prepare(options.data, options.tokenizer, options.vocab_size, cache_dir=options.cache_dir)
     print(f"tokenizer   {corpus.tokenizer.name}, {corpus.tokenizer.n_vocab:,} tokens")
     for name in ("train", "val"):
         tokens, size = len(getattr(corpus, name)), getattr(corpus, f"{name}_bytes")
@@ -340,7 +347,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name:<11} {documents:,} documents, {size:,} bytes, {tokens:,} tokens ({ratio:.4f} per byte)")
     print(f"unigram     {corpus.val_unigram_entropy:.4f} nats per validation token")
     print(f"written to  {Path(options.cache_dir, corpus.fingerprint)}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from gptlib import backends, checkpoint, options, runfolder
 from gptlib.data import Batches, evaluation_batches
 from gptlib.device import NO_AUTOCAST, autocast_for, choose_device, choose_dtype
-from gptlib.errors import UserError
+from gptlib.errors import UserError, exit_status
 from gptlib.generate import generate
 from gptlib.metrics import (
     MFU_FORMULA,
@@ -257,13 +257,7 @@ def report(run, args, model, corpus, text):
 
 
 def main(argv=None):
-    try:
-        return train(options.parse(argv))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # before the loop, which has its own handler
-        return 130
+    return exit_status(lambda: train(options.parse(argv)))
 
 
 if __name__ == "__main__":

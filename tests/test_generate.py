@@ -174,7 +174,7 @@ def test_command_line(trained_run, capsys):
         (["--top-p", "0"], "--top-p: 0 is not above 0"),
         (["--temperature", "-1"], "--temperature: -1 is not"),
         (["--top-k", "0"], "--top-k: 0 is not at least 1"),
-        (["--max-new-tokens", "many"], "--max-new-tokens: invalid"),
+        (["--max-new-tokens", "many"], "--max-new-tokens: 'many' is not a positive integer"),
         (["--attn", "flash"], "--attn flash: unknown"),
         (["--run", "nowhere"], "nowhere holds no checkpoint"),
         (["--device", "tpu"], "--device tpu: unknown"),

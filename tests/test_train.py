@@ -269,6 +269,7 @@ BAD_INPUT = [
     (["--attn", "flex"], "--attn flex has no backward on a CPU"),
     (["--attn", "flex", "--drop-rate", 0.1], "--attn flex has no dropout"),
     (["--n-heads", 5], "emb_dim 32 is not a multiple of n_heads 5"),
+    (["--steps", "abc"], "--steps: 'abc' is not a positive integer"),
     (["--steps", 0], "--steps: 0 is not at least 1"),
     (["--seed", 2**63], "--seed: 9223372036854775808 is not below 2^63"),
     (["--out", "/proc/no/such/folder"], "--out /proc/no/such/folder cannot be made: "),
