@@ -5,6 +5,7 @@ A name is resolved once, when a model is built. `attention(name)` gives f(q, k, 
 same of a sum; `loss(name)` gives f(x, head_weight, targets). `package.module:function` names anyone's own function.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -110,6 +111,7 @@ LOSS = {
     "torch": lambda: torch_head_loss,
     "triton": lambda: kernel("linear_cross_entropy"),
 }
+TRUSTED = ("reference", "sdpa", "flex")  # attentions not tried: two run anywhere, and flex would compile for a trial
 
 
 def attention(name):
@@ -166,21 +168,57 @@ def is_interpreted(attn, norm, loss, device):
 
 
 def check_training(name, *, device, n_heads, head_dim, dropout_p, dtype=torch.float32):
-    """UserError unless this kind of attention can train here: what is known to fail, then eight positions tried."""
+    """UserError unless this kind of attention can train here: what is known to fail, then a few positions tried."""
     if name == "flex" and dropout_p > 0:
         raise UserError(f"--attn flex has no dropout: give --drop-rate 0 (it is {dropout_p}) or another --attn")
     if name == "flex" and device.type == "cpu":
         raise UserError("--attn flex has no backward on a CPU: use --attn sdpa, or a GPU")
-    if name in ("reference", "sdpa", "flex"):
+    if name in TRUSTED:
         return
-    q = torch.zeros(1, 8, n_heads, head_dim, device=device, dtype=dtype, requires_grad=True)
+    with _told_in_a_line(name, "train"):
+        q = _some_positions(n_heads, head_dim, device=device, dtype=dtype, requires_grad=True)
+        out = attention(name)(q, q, q, scale=None, dropout_p=dropout_p)
+        _check_result(name, out, q)
+        out.sum().backward()
+
+
+@torch.no_grad()
+def check_generating(name, *, device, n_heads, head_dim, dtype=torch.float32):
+    """UserError unless this kind of attention can read a prompt here, and then one token more."""
+    if name in TRUSTED:
+        return
+    with _told_in_a_line(name, "generate"):
+        k = _some_positions(n_heads, head_dim, device=device, dtype=dtype)
+        for q in (k, k[:, :, -1:]):
+            _check_result(name, attention(name)(q, k, k, dropout_p=0.0), q)
+
+
+@contextlib.contextmanager
+def _told_in_a_line(name, verb):
     try:
-        heads_first = q.transpose(1, 2)
-        out = attention(name)(heads_first, heads_first, heads_first, scale=None, dropout_p=dropout_p)
-        out.transpose(1, 2).reshape(1, 8, -1).sum().backward()
+        yield
     except (RuntimeError, ValueError, TypeError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UserError(f"--attn {name} cannot train here: {reason}; use another --attn, such as sdpa") from e
+        raise UserError(f"--attn {name} cannot {verb} here: {reason}; use another --attn, such as sdpa") from e
+
+
+def _some_positions(n_heads, head_dim, **options):
+    """Zeros as the model passes them, (1, H, T, D) seen in (1, T, H, D) memory, with a T that is neither H nor D."""
+    T = next(n for n in (8, 16, 32) if n not in (n_heads, head_dim))
+    return torch.zeros(1, T, n_heads, head_dim, **options).transpose(1, 2)
+
+
+def _check_result(name, out, q):
+    def described(x):
+        if not isinstance(x, torch.Tensor):
+            return type(x).__name__
+        return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+
+    if described(out) != described(q):
+        raise UserError(
+            f"--attn {name} returned {described(out)} where q is {described(q)}; it must return a tensor (B, H, T, D) "
+            "with q's shape and dtype"
+        )
 
 
 def _resolve(flag, name, known, signature, call):

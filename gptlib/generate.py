@@ -84,7 +84,8 @@ def pick(logits, *, temperature=0.0, top_k=None, top_p=None, generator=None):
     """
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, order = torch.softmax(logits / temperature, dim=-1).sort(descending=True, stable=True)
+    scaled = (logits - logits.max()).double() / temperature  # at most 0, so that no temperature is too low for it
+    probabilities, order = scaled.softmax(dim=-1).float().sort(descending=True, stable=True)
     if top_k is not None:
         probabilities[top_k:] = 0
         probabilities /= probabilities.sum()
@@ -167,8 +168,10 @@ def run(args: argparse.Namespace):
     model, tokenizer = load_run(args.run, attn=attn, norm=norm)
     if backends.is_interpreted(attn, norm, "torch", device):
         print(backends.INTERPRETER_NOTE, file=sys.stderr)
+    cfg, dtype = model.cfg, choose_dtype("auto", device)
+    backends.check_generating(attn, device=device, n_heads=cfg.n_heads, head_dim=cfg.head_dim, dtype=dtype)
     model.to(device)
-    context_length = model.cfg.context_length
+    context_length = cfg.context_length
     prompt, space = split_last_space(args.prompt)
     ids = prompt_ids(tokenizer, prompt, context_length)
     tokens = generate(
@@ -180,11 +183,11 @@ def run(args: argparse.Namespace):
         top_p=args.top_p,
         generator=torch.Generator().manual_seed(args.seed),
         eot=tokenizer.eot,
-        first=tokens_beginning_with(space, tokenizer, model.cfg.vocab_size) if space else None,
+        first=tokens_beginning_with(space, tokenizer, cfg.vocab_size) if space else None,
     )
     print(prompt, end="", flush=True)
     produced = []
-    with autocast_for(device, choose_dtype("auto", device)):
+    with autocast_for(device, dtype):
         for text in text_stream(tokenizer, noted(tokens, produced)):
             print(text, end="", flush=True)
     print()

@@ -1,6 +1,7 @@
 """Names to callables: every implementation against the reference, and clear words for what cannot be."""
 
 import os
+import re
 import sys
 
 import pytest
@@ -98,6 +99,9 @@ def own_kernels(tmp_path, monkeypatch):
         "def attend(q, k, v, *, scale=None, dropout_p=0.0):\\n    return v\\n"
         "def short(q, k, v):\\n    return v\\n"
         "def broken(q, k, v, *, scale=None, dropout_p=0.0):\\n    raise RuntimeError('no such device')\\n"
+        "def silent(q, k, v, *, scale=None, dropout_p=0.0):\\n    pass\\n"
+        "def swapped(q, k, v, *, scale=None, dropout_p=0.0):\\n    return v.transpose(1, 2)\\n"
+        "def wide(q, k, v, *, scale=None, dropout_p=0.0):\\n    return v.double()\\n"
         "number = 3\\n".replace("\\n", "\n")
     )
     monkeypatch.chdir(tmp_path)
@@ -144,6 +148,38 @@ def test_what_cannot_train_is_refused(own_kernels, device):
         check("own_kernels:broken")
     for name in (*ANYWHERE, "own_kernels:attend"):
         check(name, 0.1, torch.device(device))
+
+
+@pytest.mark.parametrize("n_heads, head_dim, T", [(2, 4, 8), (8, 4, 16), (16, 8, 32), (8, 16, 32)])
+@pytest.mark.parametrize("purpose", ["training", "generating"])
+def test_what_an_attention_returns_must_be_like_q(own_kernels, purpose, n_heads, head_dim, T):
+    def check(name):
+        options = {"dropout_p": 0.0} if purpose == "training" else {}
+        function = getattr(backends, f"check_{purpose}")
+        function(f"own_kernels:{name}", device=CPU, n_heads=n_heads, head_dim=head_dim, **options)
+
+    q = f"where q is float32 (1, {n_heads}, {T}, {head_dim}); it must return"
+    for name, returned in (
+        ("silent", "NoneType"),
+        ("swapped", f"float32 (1, {T}, {n_heads}, {head_dim})"),
+        ("wide", f"float64 (1, {n_heads}, {T}, {head_dim})"),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"--attn own_kernels:{name} returned {returned} {q}")):
+            check(name)
+
+
+def test_what_cannot_generate_is_refused(own_kernels, device):
+    def check(name, device=CPU):
+        backends.check_generating(name, device=device, n_heads=2, head_dim=8)
+
+    with pytest.raises(UserError, match="sdpa-cudnn cannot generate here: "):
+        check("sdpa-cudnn")
+    with pytest.raises(UserError, match="own_kernels:broken cannot generate here: no such device"):
+        check("own_kernels:broken")
+    with pytest.raises(UserError, match=r"returned float32 \(1, 2, 16, 8\) where q is float32 \(1, 2, 1, 8\)"):
+        check("own_kernels:attend")  # as many rows as keys: it never saw that one token asks alone
+    for name in (*ANYWHERE, "flex"):
+        check(name, torch.device(device))
 
 
 def test_defaults_by_device():

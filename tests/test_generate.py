@@ -1,5 +1,6 @@
 """Sampling: the cache changes nothing, the distribution is cut where asked, the window slides."""
 
+import math
 import re
 import shutil
 
@@ -127,6 +128,14 @@ def test_top_k_and_top_p_cut_the_tail():
     torch.testing.assert_close(drawn(temperature=1.0, top_k=99, top_p=1.0), drawn(temperature=1.0))
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-30, 1e300])
+def test_any_temperature_draws(temperature):
+    logits = LOGITS - 100
+    logits[0] = -math.inf
+    drawn = {pick(logits, temperature=temperature) for _ in range(100)}
+    assert drawn == ({1} if temperature < 1 else {1, 2, 3})
+
+
 def test_text_is_cut_between_characters():
     tokenizer = byte_tokenizer()
     pieces = list(text_stream(tokenizer, tokenizer.encode("a€b")))
@@ -178,6 +187,7 @@ def test_command_line(trained_run, capsys):
         (["--attn", "flash"], "--attn flash: unknown"),
         (["--run", "nowhere"], "nowhere holds no checkpoint"),
         (["--device", "tpu"], "--device tpu: unknown"),
+        (["--attn", "sdpa-cudnn"], "--attn sdpa-cudnn cannot generate here: "),
     ],
 )
 def test_bad_input_is_one_line(trained_run, capsys, flags, message):
