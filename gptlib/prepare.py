@@ -129,7 +129,8 @@ def _read_all(data: list[str]) -> list[str]:
             else:
                 skipped.append(path)
         if len(texts) == kept:
-            raise UserError(f"no text in {argument}: {len(found)} files, all empty or binary")
+            why = f"{len(found)} files, all empty or binary" if found else "it holds no text files that are not hidden"
+            raise UserError(f"no text in {argument}: {why}")
     if skipped:
         others = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
         print(f"skipped files that are empty or binary: {skipped[0]}{others}", file=sys.stderr)
@@ -233,10 +234,13 @@ def _make_tokenizer(name: str, train: list[str], vocab_size: int, progress: bool
     return tokenizers.train_bpe(train, vocab_size, progress)
 
 
+def _dtype(tokenizer: Tokenizer) -> type:
+    return np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
+
+
 def _tokenize(tokenizer: Tokenizer, texts: list[str], bar: tqdm) -> np.ndarray:
     """All documents' ids, 1-D, each document followed by eot."""
-    dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
-    shards = []
+    dtype, shards = _dtype(tokenizer), []
     for pieces in _chunks(texts):
         for ids, (piece, ends) in zip(tokenizer.encode_batch([p for p, _ in pieces]), pieces, strict=True):
             shards.append(np.array([*ids, tokenizer.eot] if ends else ids, dtype=dtype))
@@ -308,7 +312,12 @@ def _open(folder: Path, fingerprint: str) -> Corpus | None:
         meta = json.loads((folder / "meta.json").read_text())
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         shards = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("train", "val")}
-        whole = all(shards[name].shape == (meta[f"{name}_tokens"],) for name in shards)
+        whole = all(
+            shard.shape == (meta[f"{name}_tokens"],)
+            and shard.dtype == _dtype(tokenizer)
+            and shard.max() < tokenizer.n_vocab
+            for name, shard in shards.items()
+        )
         if not whole or meta["format"] != _FORMAT or meta["tokenizer_hash"] != tokenizer.hash:
             return None
         sizes = {key: int(meta[key]) for key in ("train_bytes", "val_bytes", "train_documents", "val_documents")}

@@ -178,6 +178,8 @@ def bad_inputs(tmp_path):
     (tmp_path / "latin1.txt").write_bytes(b"K\xf6pfe")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "empty.txt").touch()
+    (tmp_path / "nothing" / ".git").mkdir(parents=True)
+    (tmp_path / "nothing" / ".git" / "text").write_text("hidden")
     return {
         "empty.txt": "empty or binary",
         "blank.md": "empty or binary",
@@ -189,6 +191,7 @@ def bad_inputs(tmp_path):
         "missing.txt": "missing.txt does not exist",
         "*.nothing": r"no file matches the pattern .*\*.nothing",
         "f*": "no text in",
+        "nothing": "no text in .*nothing: it holds no text files that are not hidden",
     }
 
 
@@ -253,6 +256,19 @@ def test_damaged_shards_are_made_again(make, folder, tmp_path, name, damage):
     assert np.array_equal(again.train, train) and again.tokenizer.hash == first.tokenizer.hash
     assert path.read_bytes() == content
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [first.fingerprint]
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+@pytest.mark.parametrize("change", ["dtype", "id"])
+def test_shards_of_the_right_length_with_wrong_ids_are_made_again(make, folder, tmp_path, name, change):
+    first = make(folder, tokenizer="corpus")
+    path = tmp_path / "cache" / first.fingerprint / f"{name}.npy"
+    content, tokens = path.read_bytes(), np.array(getattr(first, name))
+    tokens[7] = first.tokenizer.n_vocab if change == "id" else tokens[7]
+    path.unlink()
+    np.save(path, tokens if change == "id" else tokens.astype(np.float32))
+    again = make(folder, tokenizer="corpus")
+    assert getattr(again, name).dtype == np.uint16 and path.read_bytes() == content
 
 
 def test_another_tokenizer_beside_the_shards_is_not_believed(make, folder, tmp_path):
