@@ -188,15 +188,18 @@ def _our_config(config: dict) -> GPTConfig:
             raise UserError(f"config.json needs the integer {theirs}, it has {config.get(theirs)!r}")
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
         raise UserError(f"config.json says n_inner = {config['n_inner']!r}; our MLP is 4 times the width")
+    drop_rate = config.get("resid_pdrop", 0.1)
+    if type(drop_rate) not in (int, float):
+        raise UserError(f"config.json needs the number resid_pdrop, it has {drop_rate!r}")
     shape = {mine: config[theirs] for mine, theirs in fields.items()}
     try:
         return GPTConfig(
             **shape,
-            drop_rate=config.get("resid_pdrop", 0.1),
+            drop_rate=drop_rate,
             qkv_bias=True,
             tie_weights=bool(config.get("tie_word_embeddings", True)),
         )
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise UserError(f"config.json: {error}") from error
 
 
