@@ -41,6 +41,23 @@ def choose_dtype(name, device):
     return getattr(torch, name)
 
 
+_NO_MEMORY = ("can't allocate memory", "size calculation overflowed", "Overflow when unpacking")  # in torch's words
+
+
+@contextlib.contextmanager
+def memory_for(cfg):
+    """UserError where a model of this shape finds no memory."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as e:  # TypeError: more than a 64-bit size can say
+        if not (isinstance(e, torch.OutOfMemoryError) or any(words in str(e) for words in _NO_MEMORY)):
+            raise
+        raise UserError(
+            f"out of memory for a model of {cfg.n_params:,} parameters; make it smaller: --preset, --n-layers, "
+            "--emb-dim, --context-length or --vocab-size"
+        ) from e
+
+
 def autocast_for(device, dtype):
     """A context for forward passes: autocast for bfloat16, nothing for float32."""
     if dtype == torch.float32:

@@ -46,6 +46,15 @@ class GPTConfig:
     def head_dim(self):
         return self.emb_dim // self.n_heads
 
+    @property
+    def n_params(self):
+        """Parameters of such a model, a tied head counted once."""
+        C, norm = self.emb_dim, 2 * self.emb_dim
+        attention = 4 * C * C + C + 3 * C * self.qkv_bias
+        block = attention + 8 * C * C + 5 * C + 2 * norm
+        tables = self.vocab_size * (1 if self.tie_weights else 2) + self.context_length
+        return tables * C + self.n_layers * block + norm
+
 
 GPT2 = GPTConfig(qkv_bias=True, tie_weights=True)
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from gptlib import backends, checkpoint, options, runfolder
 from gptlib.data import Batches, evaluation_batches
-from gptlib.device import NO_AUTOCAST, autocast_for, choose_device, choose_dtype
+from gptlib.device import NO_AUTOCAST, autocast_for, choose_device, choose_dtype, memory_for
 from gptlib.errors import UserError, exit_status
 from gptlib.generate import generate
 from gptlib.metrics import (
@@ -159,7 +159,8 @@ def train(given):
     evaluation_batches(corpus.val, context_length=T, batch_size=args.batch_size)  # refuses a text too small
 
     # The model, new or as it was left.
-    model = build_model(cfg, attn=args.attn, norm=args.norm, loss=args.loss, device=device, seed=args.seed)
+    with memory_for(cfg):
+        model = build_model(cfg, attn=args.attn, norm=args.norm, loss=args.loss, device=device, seed=args.seed)
     optimizer = make_optimizer(model, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, args.beta2))
     step = checkpoint.restore(given.out, model, optimizer, batches, corpus) if args.resume else 0
     last = min(args.steps, args.stop_at or args.steps)

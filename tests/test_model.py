@@ -19,7 +19,13 @@ def tokens(B=2, T=10, V=61):
 @pytest.mark.parametrize("preset, count", [("seed-124m", 163_009_536), ("gpt2", 124_439_808)])
 def test_parameter_counts(preset, count):
     with torch.device("meta"):
-        assert GPTModel(PRESETS[preset]).n_params() == count
+        assert GPTModel(PRESETS[preset]).n_params() == PRESETS[preset].n_params == count
+
+
+@pytest.mark.parametrize("options", [{}, {"qkv_bias": True}, {"tie_weights": True}], ids=str)
+def test_a_shape_knows_its_parameters(options):
+    cfg = dataclasses.replace(SMALL, **options)
+    assert cfg.n_params == GPTModel(cfg).n_params()
 
 
 @pytest.mark.parametrize("tie_weights", [False, True])

@@ -13,6 +13,8 @@ import torch
 
 from gptlib import runfolder, train
 from gptlib.data import Batches
+from gptlib.device import memory_for
+from gptlib.errors import UserError
 from gptlib.metrics import COLUMNS, read_metrics
 from gptlib.model import GPTConfig
 from tests import trainer
@@ -281,6 +283,9 @@ BAD_INPUT = [
     (["--unknown-flag"], "unrecognized arguments: --unknown-flag"),
     (["--vocab-size", 100], "--vocab-size 100 is too small for the 257 tokens of --tokenizer bytes"),
     (["--context-length", 100_000], "too small"),
+    (["--emb-dim", 10**12], "out of memory for a model of 24,000,000,0"),
+    (["--emb-dim", 10**20], "out of memory for a model of 240,000,0"),
+    (["--vocab-size", 10**18], "out of memory for a model of 32,000,000,"),
     (["--batch-size", 100_000], "too small"),
     (["--data", "nowhere.txt"], "nowhere.txt"),
     (["--data", "empty.txt"], "empty.txt"),
@@ -320,6 +325,14 @@ def test_decay_is_on_matrices_only():
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         assert decays[id(p)] == (0.0 if name.endswith(("bias", "scale", "shift")) else 0.5), name
+
+
+def test_only_a_lack_of_memory_is_called_one():
+    cfg = GPTConfig()
+    with pytest.raises(UserError, match="out of memory for a model of 163,009,536 parameters"), memory_for(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="shapes differ"), memory_for(cfg):
+        raise RuntimeError("shapes differ")
 
 
 def test_a_seed_is_a_model():
