@@ -41,7 +41,7 @@ def choose_dtype(name, device):
     return getattr(torch, name)
 
 
-_NO_MEMORY = ("can't allocate memory", "size calculation overflowed", "Overflow when unpacking")  # in torch's words
+_NO_MEMORY = ("can't allocate memory", "size calculation overflowed")  # in torch's words
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def memory_for(cfg):
     """UserError where a model of this shape finds no memory."""
     try:
         yield
-    except (RuntimeError, TypeError) as e:  # TypeError: more than a 64-bit size can say
+    except RuntimeError as e:
         if not (isinstance(e, torch.OutOfMemoryError) or any(words in str(e) for words in _NO_MEMORY)):
             raise
         raise UserError(

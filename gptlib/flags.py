@@ -8,21 +8,14 @@ def positive_int(text):
     value = _number(int, text, "a positive integer")
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+    return _in_64_bits(value)
 
 
 def non_negative_int(text):
     value = _number(int, text, "an integer of at least 0")
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def seed(text):
-    value = non_negative_int(text)
-    if value >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not below 2^63")
-    return value
+    return _in_64_bits(value)
 
 
 def positive_float(text):
@@ -58,6 +51,12 @@ def file_name(text):
     if not text:
         raise argparse.ArgumentTypeError("the name is empty; name a file or folder (. is the current one)")
     return text
+
+
+def _in_64_bits(value):
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"{value} is not below 2^63")
+    return value
 
 
 def _number(kind, text, wanted):

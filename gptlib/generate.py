@@ -10,7 +10,7 @@ import torch
 from gptlib import backends, checkpoint
 from gptlib.device import autocast_for, choose_device, choose_dtype
 from gptlib.errors import Parser, UserError, exit_status
-from gptlib.flags import file_name, fraction, non_negative_float, positive_int, seed
+from gptlib.flags import file_name, fraction, non_negative_float, non_negative_int, positive_int
 from gptlib.tokenizer import Tokenizer
 
 
@@ -154,7 +154,7 @@ def parse(argv):
     parser.add_argument(
         "--top-p", type=fraction, default=0.95, metavar="P", help="draw from the likeliest that have P together (0.95)"
     )
-    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--attn", help=f"{', '.join(backends.ATTENTION)} or package.module:function")
     parser.add_argument("--norm", help=f"{', '.join(backends.NORM)} or package.module:function")

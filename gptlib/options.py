@@ -5,7 +5,7 @@ import dataclasses
 
 from gptlib import backends
 from gptlib.errors import Parser, UserError
-from gptlib.flags import below_one, file_name, non_negative_float, non_negative_int, positive_float, positive_int, seed
+from gptlib.flags import below_one, file_name, non_negative_float, non_negative_int, positive_float, positive_int
 from gptlib.model import PRESETS, GPTConfig
 from gptlib.tokenizer import NAMES as TOKENIZERS
 
@@ -107,7 +107,7 @@ def parse(argv=None):
     training.add_argument("--weight-decay", type=non_negative_float, help="on matrices only")
     training.add_argument("--beta2", type=below_one, help="of AdamW")
     training.add_argument("--clip", type=positive_float, help="largest norm of the gradient")
-    training.add_argument("--seed", type=seed)
+    training.add_argument("--seed", type=non_negative_int)
     reports = parser.add_argument_group("reports")
     reports.add_argument(
         "--out", type=file_name, metavar="DIR", help="run folder (runs/<preset>-<attn>, numbered when taken)"

@@ -284,7 +284,7 @@ BAD_INPUT = [
     (["--vocab-size", 100], "--vocab-size 100 is too small for the 257 tokens of --tokenizer bytes"),
     (["--context-length", 100_000], "too small"),
     (["--emb-dim", 10**12], "out of memory for a model of 24,000,000,0"),
-    (["--emb-dim", 10**20], "out of memory for a model of 240,000,0"),
+    (["--emb-dim", 2**63], "--emb-dim: 9223372036854775808 is not below 2^63"),
     (["--vocab-size", 10**18], "out of memory for a model of 32,000,000,"),
     (["--batch-size", 100_000], "too small"),
     (["--data", "nowhere.txt"], "nowhere.txt"),
