@@ -19,14 +19,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gptlib.errors import UserError
+from gptlib.errors import UserError, writing
 from gptlib.model import GPTConfig, GPTModel
 
 STATE_KEYS = {"step", "model", "tokenizer_hash", "data_fingerprint", "batches"}
 
 
 def save(run, model, optimizer, batches, corpus, step):
-    """Write run/checkpoint: everything that the steps to come depend on."""
+    """Write run/checkpoint: everything that the steps to come depend on.
+
+    UserError where that fails, as on a full disk; the checkpoint of before is then still there.
+    """
     run = Path(run)
     partial, new, final = (run / f"checkpoint{suffix}" for suffix in (".partial", ".new", ""))
     state = {
@@ -36,30 +39,41 @@ def save(run, model, optimizer, batches, corpus, step):
         "data_fingerprint": corpus.fingerprint,
         "batches": batches.state_dict(),
     }
-    if new.exists():  # left by a process killed while it replaced the old one
+    with writing(final):
+        if new.exists():  # left by a process killed while it replaced the old one
+            _replace_folder(new, final)
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            save_file(model_tensors(model), partial / "model.safetensors")
+            save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
+            save_file(_random_state(_device(model)), partial / "random.safetensors")
+            write_json(partial / "state.json", state)
+            for file in partial.iterdir():
+                with open(file, "rb") as f:
+                    os.fsync(f.fileno())
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        os.rename(partial, new)
         _replace_folder(new, final)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(model_tensors(model), partial / "model.safetensors")
-    save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
-    save_file(_random_state(_device(model)), partial / "random.safetensors")
-    write_json(partial / "state.json", state)
-    for file in partial.iterdir():
-        with open(file, "rb") as f:
-            os.fsync(f.fileno())
-    os.rename(partial, new)
-    _replace_folder(new, final)
 
 
 def restore(run, model, optimizer, batches, corpus):
-    """Put everything back as `save` found it; returns the step. UserError if the text is another one."""
+    """Put everything back as `save` found it; returns the step. UserError if the text or the model is another one."""
     state = load_state(run)
     if state["tokenizer_hash"] != corpus.tokenizer.hash or state["data_fingerprint"] != corpus.fingerprint:
         raise UserError(f"the text that {run} was trained on has changed; put it back, or start a new run")
     load_weights(run, model)
-    load_optimizer(run, model, optimizer)
+    for name, value in dataclasses.asdict(model.cfg).items():
+        if state["model"][name] != value:
+            path = find(run) / "state.json"
+            raise UserError(
+                f"{path} says {name} {state['model'][name]}, the run's config.json {value}; put back the one that fits"
+            )
+    load_optimizer(run, model, optimizer, state["step"])
     batches.load_state_dict(state["batches"])
-    _restore_random_state(_read(find(run) / "random.safetensors"), _device(model))
+    _restore_random_state(find(run) / "random.safetensors", _device(model))
     return state["step"]
 
 
@@ -78,12 +92,17 @@ def exists(run):
 
 
 def load_state(run):
-    """The contents of state.json."""
+    """The contents of state.json; UserError for what `save` would not have written."""
     path = find(run) / "state.json"
     try:
-        state = json.loads(path.read_text())
-        if not isinstance(state, dict) or not state.keys() >= STATE_KEYS:
+        state = read_json(path)
+        if not state.keys() >= STATE_KEYS:
             raise ValueError(f"it lacks one of {', '.join(sorted(STATE_KEYS))}")
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise ValueError(f"step is {state['step']!r}")
+        if type(state["tokenizer_hash"]) is not str:
+            raise ValueError(f"tokenizer_hash is {state['tokenizer_hash']!r}")
+        _check_shape(state["model"])
         return state
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({e}); the checkpoint is damaged") from e
@@ -108,9 +127,17 @@ def load_weights(run, model):
         raise UserError(f"{path} does not fit the model: {str(e).splitlines()[-1].strip()}") from e
 
 
-def load_optimizer(run, model, optimizer):
-    """Fill the optimizer with a run's moments."""
-    tensors = _read(find(run) / "optimizer.safetensors")
+def load_optimizer(run, model, optimizer, step):
+    """Fill the optimizer with a run's moments; UserError unless they are AdamW's for this model (none at step 0)."""
+    path = find(run) / "optimizer.safetensors"
+    tensors = _read(path)
+    expected = {}
+    for name, p in model.named_parameters() if step else ():
+        expected |= {f"{name}.step": torch.zeros(()), f"{name}.exp_avg": p, f"{name}.exp_avg_sq": p}
+    for key in sorted(tensors.keys() | expected.keys()):
+        found, wanted = _kind(tensors.get(key)), _kind(expected.get(key))
+        if found != wanted:
+            raise UserError(f"{path} does not fit the model ({key}: {found}, not {wanted}); the checkpoint is damaged")
     names = {id(p): name for name, p in model.named_parameters()}
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     moments = {}
@@ -126,11 +153,38 @@ def model_tensors(model):
     return {k: _plain(v) for k, v in model.state_dict().items() if not (tied and k == "out_head.weight")}
 
 
+def read_json(path):
+    """The object in a JSON file; OSError or ValueError where there is none."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except RecursionError as e:
+        raise ValueError("it is nested too deeply") from e
+    if not isinstance(values, dict):
+        raise ValueError("it is not a JSON object")
+    return values
+
+
 def write_json(path, values):
     """A JSON file, written whole."""
     partial = Path(f"{path}.partial")
     partial.write_text(json.dumps(values, indent=2) + "\n")
     os.replace(partial, path)
+
+
+def _check_shape(shape):
+    """ValueError unless these are the fields of a GPTConfig, each of its type."""
+    types = {f.name: (int, float) if f.type is float else (f.type,) for f in dataclasses.fields(GPTConfig)}
+    if not isinstance(shape, dict) or shape.keys() != types.keys():
+        raise ValueError(f"model must hold {', '.join(types)} and nothing else")
+    for name, value in shape.items():
+        if type(value) not in types[name]:
+            raise ValueError(f"{name} of the model is {value!r}")
+    GPTConfig(**shape)
+
+
+def _kind(tensor):
+    """A tensor's dtype and shape in words."""
+    return "none" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _optimizer_tensors(model, optimizer):
@@ -162,10 +216,15 @@ def _random_state(device):
     return states
 
 
-def _restore_random_state(states, device):
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+def _restore_random_state(path, device):
+    states = _read(path)
+    try:
+        torch.set_rng_state(states["cpu"])
+        if device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], device)
+    except (KeyError, TypeError, RuntimeError) as e:
+        reason = "it lacks cpu" if isinstance(e, KeyError) else str(e).splitlines()[0]
+        raise UserError(f"{path} holds no state of torch's generators ({reason}); the checkpoint is damaged") from e
 
 
 def _read(path):

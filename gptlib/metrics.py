@@ -1,12 +1,13 @@
 """What a run reports: rows of metrics.csv, the loss curve, FLOPs per token and model FLOPs utilization."""
 
-import csv
 import math
 import os
 import re
 import sys
 
 import torch
+
+from gptlib.errors import UserError, writing
 
 COLUMNS = (
     "step",
@@ -19,6 +20,7 @@ COLUMNS = (
     "tokens_per_s",
     "peak_memory_mb",
 )
+HEADER, END = ",".join(COLUMNS), "\r\n"
 
 # Dense bf16 tensor-core peaks from the vendor's data sheets, in FLOP/s, by pattern of torch.cuda.get_device_name().
 PEAK_FLOPS = {
@@ -82,22 +84,55 @@ class MetricsFile:
         self.path = path
         kept = [row for row in read_metrics(path) if row["step"] <= last_step] if os.path.exists(path) else []
         partial = f"{path}.partial"
-        with open(partial, "w", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS)
-            writer.writeheader()
-            writer.writerows({name: _cell(row[name]) for name in COLUMNS} for row in kept)
-        os.replace(partial, path)
+        with writing(path):
+            with open(partial, "w", newline="") as f:
+                f.writelines([HEADER + END, *map(_line, kept)])
+            os.replace(partial, path)
 
     def append(self, **row):
         """One value per column, None where nothing was measured."""
-        with open(self.path, "a", newline="") as f:
-            csv.DictWriter(f, COLUMNS).writerow({name: _cell(row[name]) for name in COLUMNS})
+        with writing(self.path), open(self.path, "a", newline="") as f:
+            f.write(_line(row))
 
 
 def read_metrics(path):
-    """The rows of metrics.csv: numbers by column name, None for an empty cell."""
-    with open(path, newline="") as f:
-        return [{name: _number(cell) for name, cell in row.items()} for row in csv.DictReader(f)]
+    """The rows of metrics.csv: numbers by column name, None for an empty cell.
+
+    A last row that was cut off, as by a power cut, is left out. UserError for a file that is damaged otherwise.
+    """
+    try:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            text = f.read()
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}; move it away to go on") from e
+    *lines, cut_off = text.split("\n")
+    if not lines and HEADER.startswith(cut_off):
+        return []
+    if not lines or lines[0] != HEADER:
+        raise UserError(f"{path} does not begin with the columns step, tokens ... of a run; move it away to go on")
+    rows = []
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            rows.append(_row(line))
+        except ValueError as e:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number} is damaged ({e}); take that line out to go on") from e
+    return rows
+
+
+def _row(line):
+    """The numbers of one line; ValueError if it is no whole row."""
+    cells = line.split(",")
+    if len(cells) != len(COLUMNS):
+        raise ValueError(f"{len(cells)} cells, not {len(COLUMNS)}")
+    row = dict(zip(COLUMNS, map(_number, cells), strict=True))
+    if not isinstance(row["step"], int):
+        raise ValueError(f"step {cells[0]!r}")
+    return row
+
+
+def _line(row):
+    return ",".join(_cell(row[name]) for name in COLUMNS) + END
 
 
 def _cell(value):
@@ -154,8 +189,9 @@ def draw_loss_curve(rows, path, *, unigram_entropy, title):
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     partial = f"{path}.partial"
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    with writing(path):
+        figure.savefig(partial, format="png")
+        os.replace(partial, path)
 
 
 def _series(rows, column):

@@ -1,9 +1,9 @@
 """The run folder: which one a run gets, and config.json, which says how to repeat it."""
 
 import dataclasses
-import json
 import platform
 import re
+import reprlib
 import shlex
 import shutil
 import subprocess
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from gptlib import checkpoint
-from gptlib.errors import UserError
+from gptlib import checkpoint, options
+from gptlib.errors import UserError, writing
 
 FILES = ("config.json", "tokenizer.json", "metrics.csv", "loss.png")
 FOLDERS = ("checkpoint", "checkpoint.new", "checkpoint.partial", "profile")
@@ -31,25 +31,34 @@ def refuse_taken(out, *, resume, overwrite):
         return
     if Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
-    if _holds_run(out) and not (resume or overwrite):
+    if resume or overwrite:
+        return
+    if checkpoint.exists(out):
         raise UserError(f"--out {out} holds a run; add --resume or --overwrite, or name another folder")
+    if (Path(out) / "config.json").exists():
+        raise UserError(
+            f"--out {out} holds a run that ended before its first checkpoint; add --overwrite to replace its files, "
+            "or name another folder"
+        )
 
 
 def claim(args):
     """The run folder, made (or emptied of the run that --overwrite gives up)."""
     if args.out is None:
         base = "runs/" + re.sub(r"[^\w.]+", "-", f"{args.preset}-{args.attn}")
-        return _first_free(base)
+        with writing(base):
+            return _first_free(base)
     run = Path(args.out)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out {run} cannot be made: {e.strerror}; name another folder") from e
     if args.overwrite:
-        for name in FOLDERS:
-            shutil.rmtree(run / name, ignore_errors=True)
-        for name in FILES:
-            (run / name).unlink(missing_ok=True)
+        with writing(run):
+            for name in FOLDERS:
+                shutil.rmtree(run / name, ignore_errors=True)
+            for name in FILES:
+                (run / name).unlink(missing_ok=True)
     return run
 
 
@@ -89,16 +98,48 @@ def write_config(run, args, cfg, corpus, device, dtype):
 
 
 def stored_arguments(run):
-    """The arguments a run was started with, by flag name."""
+    """The arguments a run was started with, by flag name; UserError for values that its flags would not take."""
     path = Path(run) / "config.json"
     try:
-        return json.loads(path.read_text())["arguments"]
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{path} cannot be read ({e}); --resume needs the config.json of the run") from e
+        config = checkpoint.read_json(path)
+        if "converted_from" in config and "arguments" not in config:
+            raise UserError(
+                f"{run} is an imported model, with no training to resume; it can be sampled from (gptlib.generate) and "
+                "exported (gptlib.convert --to-hf)"
+            )
+        arguments = config.get("arguments")
+        if not isinstance(arguments, dict) or not arguments.keys() >= set(options.FIXED_ON_RESUME):
+            raise ValueError(f"arguments is {reprlib.repr(arguments)}, not the run's")
+        inherited = vars(options.parse([])).keys() - set(options.NOT_INHERITED)
+        for name in sorted(inherited & arguments.keys()):  # a run of another version may lack some and have others
+            if not _is_valid(name, arguments[name]):
+                raise ValueError(f"{name} is {reprlib.repr(arguments[name])}")
+        return arguments
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}); --resume needs the config.json of the run") from e
+    except ValueError as e:
+        raise UserError(f"{path} is damaged ({e}); --resume needs it as the run wrote it") from e
 
 
-def _holds_run(folder):
-    return checkpoint.exists(folder) or (Path(folder) / "config.json").exists()
+def _is_valid(name, value):
+    """Whether the trainer's own parser, given this value, reads the same."""
+    if value is None:
+        return options.DEFAULTS[""].get(name) is None
+    if isinstance(value, list):
+        return value != [] and all(_read_back(name, item) == [item] for item in value)
+    return _read_back(name, value) == value
+
+
+def _read_back(name, value):
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        word = flag if value else flag.replace("--", "--no-", 1)
+    else:
+        word = f"{flag}={value}"
+    try:
+        return vars(options.parse([word]))[name]
+    except UserError:
+        return None
 
 
 def _first_free(base):

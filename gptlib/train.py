@@ -15,7 +15,7 @@ from tqdm import tqdm
 from gptlib import backends, checkpoint, options, runfolder
 from gptlib.data import Batches, evaluation_batches
 from gptlib.device import NO_AUTOCAST, autocast_for, choose_device, choose_dtype, memory_for
-from gptlib.errors import UserError, exit_status
+from gptlib.errors import UserError, exit_status, writing
 from gptlib.generate import generate
 from gptlib.metrics import (
     MFU_FORMULA,
@@ -169,9 +169,10 @@ def train(given):
     loss_fn = torch.compile(model.loss) if args.compile else model.loss
 
     run = runfolder.claim(args)
-    runfolder.write_config(run, args, cfg, corpus, device, dtype)
-    tokenizer.save(run / "tokenizer.json")
-    metrics = MetricsFile(run / "metrics.csv", last_step=step)
+    metrics = MetricsFile(run / "metrics.csv", last_step=step)  # first: it refuses a damaged one
+    with writing(run):
+        runfolder.write_config(run, args, cfg, corpus, device, dtype)
+        tokenizer.save(run / "tokenizer.json")
     tokens_per_step = args.batch_size * args.grad_accum * T
     kinds = f"{args.attn} attention, {args.norm} norms, {args.loss} loss"
     print("" if step == 0 else f"going on after step {step}: ", end="")
@@ -243,7 +244,7 @@ def report(run, args, model, corpus, text):
     entropy = corpus.val_unigram_entropy
     draw_loss_curve(rows, run / "loss.png", unigram_entropy=entropy, title=f"{args.preset}, {args.attn} attention")
     final = rows[-1]
-    speed = statistics.median(row["tokens_per_s"] for row in rows)
+    speed = statistics.median(row["tokens_per_s"] for row in rows if row["tokens_per_s"] is not None)
     utilization = mfu(model, model.cfg.context_length, speed, model.tok_emb.weight.device)
     share = "n/a" if utilization is None else f"{utilization:.1%}"
     gain = entropy - final["val_loss"]

@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from gptlib.errors import writing
+
 
 class Interval:
     """Losses and time since the last report. Evaluation, samples and checkpoints fall between two intervals."""
@@ -52,9 +54,10 @@ def profiler(run, device, enabled):
 
     def write(result):
         folder = run / "profile"
-        folder.mkdir(exist_ok=True)
-        result.export_chrome_trace(str(folder / "trace.json"))
         order = f"self_{device.type}_time_total"
-        (folder / "top_ops.txt").write_text(result.key_averages().table(sort_by=order, row_limit=25) + "\n")
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+            result.export_chrome_trace(str(folder / "trace.json"))
+            (folder / "top_ops.txt").write_text(result.key_averages().table(sort_by=order, row_limit=25) + "\n")
 
     return profile(activities=activities, schedule=schedule(wait=2, warmup=1, active=3, repeat=1), on_trace_ready=write)

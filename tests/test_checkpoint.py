@@ -1,13 +1,15 @@
 """Checkpoints: bit for bit, whole whenever a process dies, and clear about damage."""
 
 import dataclasses
+import json
 import os
+import resource
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from gptlib import checkpoint
 from gptlib.data import Batches
@@ -160,3 +162,115 @@ def test_other_text_other_shapes_and_damage_are_refused(tmp_path):
         with pytest.raises(UserError, match=rf"{name} cannot be read .*damaged") as e:
             Training().restore(tmp_path)
         assert "\n" not in str(e.value)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    training = Training()
+    training.run(1)
+    training.save(tmp_path, 1)
+    return tmp_path
+
+
+def refused(run, message):
+    with pytest.raises(UserError, match=message) as e:
+        Training().restore(run)
+    assert "\n" not in str(e.value)
+
+
+def edit(run, name, change):
+    path = run / "checkpoint" / name
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+MOMENT = "final_norm.scale.exp_avg"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.update({MOMENT: torch.zeros(1)}), r"exp_avg: float32 \[1\], not float32 \[12\]"),
+        (lambda t: t.update({MOMENT: torch.zeros(3, 4)}), r"exp_avg: float32 \[3, 4\], not float32 \[12\]"),
+        (lambda t: t.update({MOMENT: torch.zeros(12).double()}), r"exp_avg: float64 \[12\], not float32 \[12\]"),
+        (lambda t: t.update({"final_norm.scale.step": torch.ones(2)}), r"step: float32 \[2\], not float32 \[\]"),
+        (lambda t: t.pop(MOMENT), r"exp_avg: none, not float32 \[12\]"),
+        (lambda t: t.clear(), r": none, not float32 .*"),
+        (lambda t: t.update({"another.exp_avg": torch.zeros(1)}), r"another.exp_avg: float32 \[1\], not none"),
+        (lambda t: t.update({"final_norm.scale.max": torch.zeros(1)}), r"scale.max: float32 \[1\], not none"),
+    ],
+)
+def test_moments_that_do_not_fit_the_model_are_refused(saved, change, message):
+    edit(saved, "optimizer.safetensors", change)
+    refused(saved, rf"optimizer.safetensors does not fit the model \(.*{message}\); the checkpoint is damaged")
+
+
+def test_a_run_stopped_before_its_first_step_has_no_moments(tmp_path):
+    Training().save(tmp_path, 0)
+    assert Training().restore(tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda t: t.pop("cpu"), "it lacks cpu"),
+        (lambda t: t.update(cpu=torch.zeros(5056)), "ByteTensor"),
+        (lambda t: t.update(cpu=torch.zeros(3, dtype=torch.uint8)), "state size to be 3"),
+    ],
+)
+def test_a_damaged_random_state_is_refused(saved, change, reason):
+    edit(saved, "random.safetensors", lambda t: (t.update(other=torch.zeros(1)), change(t)))
+    refused(saved, rf"random.safetensors holds no state .*{reason}.*the checkpoint is damaged")
+
+
+STATE = [
+    ({"model": {}}, "model must hold vocab_size, "),
+    ({"model": None}, "model must hold vocab_size, "),
+    ({"model": dataclasses.asdict(SMALL) | {"extra": 1}}, "model must hold .* and nothing else"),
+    ({"model": dataclasses.asdict(SMALL) | {"n_layers": "2"}}, "n_layers of the model is '2'"),
+    ({"model": dataclasses.asdict(SMALL) | {"n_layers": True}}, "n_layers of the model is True"),
+    ({"model": dataclasses.asdict(SMALL) | {"drop_rate": None}}, "drop_rate of the model is None"),
+    ({"model": dataclasses.asdict(SMALL) | {"n_heads": 5}}, "emb_dim 12 is not a multiple of n_heads 5"),
+    ({"step": "x"}, "step is 'x'"),
+    ({"step": -1}, "step is -1"),
+    ({"tokenizer_hash": 7}, "tokenizer_hash is 7"),
+]
+
+
+@pytest.mark.parametrize("change, reason", STATE)
+def test_a_damaged_state_is_refused(saved, change, reason):
+    path = saved / "checkpoint/state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    refused(saved, rf"state.json cannot be read \(.*{reason}.*\); the checkpoint is damaged")
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.load_model(saved, attn="sdpa", norm="torch")
+
+
+@pytest.mark.parametrize("text, reason", [("[" * 100_000, "nested too deeply"), ("[]", "not a JSON object")])
+def test_a_state_that_is_no_object_is_refused(saved, text, reason):
+    (saved / "checkpoint/state.json").write_text(text)
+    refused(saved, rf"state.json cannot be read \(it is {reason}\)")
+
+
+@pytest.mark.parametrize("name, value", [("n_heads", 3), ("n_layers", 1), ("drop_rate", 0.5)])
+def test_a_state_of_another_model_is_refused(saved, name, value):
+    path = saved / "checkpoint/state.json"
+    state = json.loads(path.read_text())
+    state["model"][name] = value
+    path.write_text(json.dumps(state))
+    refused(saved, rf"state.json says {name} {value}, the run's config.json {getattr(SMALL, name)}")
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(saved):
+    """A limit on the size of files stands in for the disk: the first file fits no more."""
+    training, limits = Training(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    training.run(2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=rf"{saved}/checkpoint cannot be written: .*too large") as e:
+            training.save(saved, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(e.value) and [p.name for p in saved.iterdir()] == ["checkpoint"]
+    assert Training().restore(saved) == 1

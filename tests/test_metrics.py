@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gptlib import metrics
+from gptlib.errors import UserError
 from gptlib.model import PRESETS, GPTModel
 
 
@@ -85,3 +86,71 @@ def test_the_curve_is_drawn_from_rows_with_gaps(tmp_path):
     for some in (rows, rows[:1]):
         metrics.draw_loss_curve(some, tmp_path / "loss.png", unigram_entropy=4.0, title="t")
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def two_rows(path, then=""):
+    log = metrics.MetricsFile(path)
+    for step in (10, 20):
+        log.append(**row(step, train_loss=2.5))
+    with open(path, "a", newline="") as f:
+        f.write(then)
+
+
+TORN = [
+    "30,1536,4.9e-",
+    "30,15",
+    "30,1536,4.9,,,,,,12",
+    "30,15\n",
+    "\0\0\0\0",
+    "\0\0\n",
+    "30,x,,,,,,,\r\n",
+    ",,,,,,,,\r\n",
+]
+
+
+@pytest.mark.parametrize("torn", TORN)
+def test_a_last_row_that_was_cut_off_is_left_out(tmp_path, torn):
+    path = tmp_path / "metrics.csv"
+    two_rows(path, then=torn)
+    metrics.MetricsFile(path, last_step=30).append(**row(25))
+    assert [r["step"] for r in metrics.read_metrics(path)] == [10, 20, 25]
+
+
+@pytest.mark.parametrize("size", [0, 8, len(metrics.HEADER)])
+def test_a_header_that_was_cut_off_is_written_again(tmp_path, size):
+    path = tmp_path / "metrics.csv"
+    path.write_text(metrics.HEADER[:size])
+    metrics.MetricsFile(path, last_step=30).append(**row(25))
+    assert metrics.read_metrics(path) == [row(25)]
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda path: two_rows(path, then="30,15\n40,,,,,,,,\n"), r"line 4 is damaged \(2 cells, not 9\)"),
+        (lambda path: two_rows(path, then="x,,,,,,,,\n40,,,,,,,,\n"), "line 4 is damaged"),
+        (lambda path: path.write_text("epoch,loss\n1,2\n"), "does not begin with the columns"),
+        (lambda path: path.write_text("epoch,loss"), "does not begin with the columns"),
+        (lambda path: path.mkdir(), "cannot be read: Is a directory"),
+    ],
+)
+def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, damage, message):
+    path = tmp_path / "metrics.csv"
+    damage(path)
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(UserError, match=f"metrics.csv.*{message}.*to go on") as e:
+        metrics.MetricsFile(path, last_step=30)
+    assert "\n" not in str(e.value) and before == (path.read_bytes() if path.is_file() else None)
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
+    path = tmp_path / "metrics.csv"
+    log = metrics.MetricsFile(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"metrics\.csv cannot be written: Is a directory"):
+        log.append(**row(1))
+    path = tmp_path / "loss.png"
+    path.mkdir()
+    with pytest.raises(UserError, match=r"loss\.png cannot be written: Is a directory"):
+        metrics.draw_loss_curve([row(1, train_loss=3.0)], path, unigram_entropy=4.0, title="t")
