@@ -32,8 +32,9 @@ from bench import command, environment, gate, output, providers, table, timing, 
 from gptlib import backends, metrics
 from gptlib.device import autocast_for, choose_device, choose_dtype
 from gptlib.errors import UserError
+from gptlib.flags import below_one
 from gptlib.model import PRESETS
-from gptlib.options import DTYPES, below_one
+from gptlib.options import DTYPES
 from gptlib.train import build_model, make_optimizer, to_device, train_step
 
 COLUMNS = [
