@@ -15,6 +15,7 @@ import warnings
 from contextvars import ContextVar
 
 import torch
+from torch.autograd import forward_ad
 
 if "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -127,19 +128,21 @@ def device_of(args):
 
 
 def check_tensors(op, **tensors):
-    """ValueError unless all given tensors (None is skipped) are floating, on one device, and that device can run."""
-    first_name, first = next((n, t) for n, t in tensors.items() if t is not None)
+    """ValueError unless all are floating tensors on one device, and that device can run; NotImplementedError for
+    forward-mode differentiation, in which an opaque operator would silently have no tangent."""
+    first_name, first = next(iter(tensors.items()))
     for name, t in tensors.items():
-        if t is None:
-            continue
         if not isinstance(t, torch.Tensor):
             raise ValueError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
         if t.dtype not in FLOAT_DTYPES:
             raise ValueError(f"{op}: {name} has dtype {t.dtype}; float32, float16 and bfloat16 are supported")
         if t.device != first.device:
             raise ValueError(f"{op}: {name} is on {t.device} but {first_name} is on {first.device}; use one device")
-    if not torch.compiler.is_compiling():
-        check_device(op, first_name, first.device)
+    if torch.compiler.is_compiling():
+        return
+    check_device(op, first_name, first.device)
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors.values()):
+        raise NotImplementedError(f"{op}: no forward-mode derivatives (jvp); use backward, or the reference")
 
 
 def check_device(op, name, device):

@@ -387,7 +387,7 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="me
 
     Raises:
         ValueError: an argument outside of the above (named, with its value), or tensors where the kernels cannot run.
-        NotImplementedError: second derivatives, vmap.
+        NotImplementedError: second derivatives, forward-mode derivatives, vmap.
     """
     op = "linear_cross_entropy"
     check_tensors(op, x=x, weight=weight)

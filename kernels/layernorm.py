@@ -296,7 +296,7 @@ def norm_forward(x, residual, weight, bias, eps, rms, dtype):
     """x, residual (..., N) -> y in `dtype`; h = x + residual in their promoted dtype (no elements without a residual);
     statistics, fp32 (3, rows), RMSNorm (1, rows)."""
     n_cols = x.shape[-1]
-    n_rows = x.numel() // max(n_cols, 1)
+    n_rows = math.prod(x.shape[:-1])
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     h = x.new_empty(0) if residual is None else torch.empty(x.shape, dtype=_sum_dtype(x, residual), device=x.device)
     stats = torch.empty((1 if rms else 3, n_rows), dtype=torch.float32, device=x.device)
@@ -457,7 +457,7 @@ def layer_norm(x, weight, bias, eps=1e-5):
     Raises:
         ValueError: wrong types, dtypes, shapes or devices, or tensors where the kernels cannot run.
     """
-    _check("layer_norm", eps, weight=weight, bias=bias, x=x)
+    _check("layer_norm", eps, x, weight, bias)
     return _norm(x, None, weight, bias, float(eps), False, autocast_dtype(x) or x.dtype)[0]
 
 
@@ -476,7 +476,7 @@ def add_layer_norm(x, residual, weight, bias, eps=1e-5):
     Raises:
         ValueError: as for layer_norm.
     """
-    _check("add_layer_norm", eps, weight=weight, bias=bias, x=x, residual=residual)
+    _check("add_layer_norm", eps, x, weight, bias, residual=residual)
     dtype = autocast_dtype(x) or _sum_dtype(x, residual)
     return _norm(x, residual, weight, bias, float(eps), False, dtype)[:2]
 
@@ -495,21 +495,21 @@ def rms_norm(x, weight, eps=1e-6):
     Raises:
         ValueError: as for layer_norm.
     """
-    _check("rms_norm", eps, weight=weight, x=x)
+    _check("rms_norm", eps, x, weight)
     return _norm(x, None, weight, None, float(eps), True, autocast_dtype(x) or x.dtype)[0]
 
 
-def _check(op, eps, *, x, residual=None, weight=None, bias=None):
+def _check(op, eps, x, weight, bias=None, **residual):
     """ValueError unless the arguments of a norm fit together."""
-    check_tensors(op, x=x, residual=residual, weight=weight, bias=bias)
+    affine = {name: t for name, t in (("weight", weight), ("bias", bias)) if t is not None}
+    check_tensors(op, x=x, **residual, **affine)
     if x.dim() < 1:
         raise ValueError(f"{op}: x has no dimension; it needs at least one, (..., N)")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"{op}: residual has shape {tuple(residual.shape)}; x has {tuple(x.shape)}, and they must agree"
-        )
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.shape != x.shape[-1:]:
+    for name, t in residual.items():
+        if t.shape != x.shape:
+            raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; x has {tuple(x.shape)}, and they must agree")
+    for name, t in affine.items():
+        if t.shape != x.shape[-1:]:
             raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; rows of x have {x.shape[-1]} elements")
     if not (isinstance(eps, int | float) and 0 <= eps < math.inf):
         raise ValueError(f"{op}: eps is {eps!r}; it must be a finite number, zero or more")

@@ -75,15 +75,6 @@ def test_dropout_follows_the_seed(device):
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 
-def test_second_derivatives_and_vmap_are_refused(device):
-    q, k, v = _inputs(device, grad=True)
-    (dq,) = torch.autograd.grad(kernels.causal_attention(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="double backward"):
-        dq.sum().backward()
-    with pytest.raises(NotImplementedError, match="vmap"):
-        torch.vmap(kernels.causal_attention)(*(x[None] for x in _inputs(device)))
-
-
 def test_inference_and_frozen_inputs(device):
     q, k, v = _inputs(device)
     with torch.inference_mode():

@@ -375,17 +375,6 @@ def test_autocast_keeps_the_gradient_of_the_weight_exact(device):
     assert ours[2].dtype == torch.float32 and not torch.equal(ours[2], rounded)
 
 
-def test_vmap_and_second_derivatives_are_refused(device):
-    x, weight = (torch.randn(3, 4, device=device, requires_grad=True) for _ in range(2))
-    targets = torch.arange(3, device=device)
-    for f in (lambda t: kernels.cross_entropy(t, targets), lambda t: kernels.linear_cross_entropy(t, weight, targets)):
-        (gradient,) = torch.autograd.grad(f(x).square(), x, create_graph=True)
-        with pytest.raises(NotImplementedError, match="double backward"):
-            gradient.sum().backward()
-    with pytest.raises(NotImplementedError, match="vmap"):
-        torch.vmap(lambda t: torch.ops.kernels.cross_entropy(t, targets, IGNORED))(x.expand(2, 3, 4))
-
-
 # ---- bytes and memory ------------------------------------------------------------------------------------------------
 
 

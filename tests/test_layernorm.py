@@ -274,15 +274,6 @@ def test_autocast_writes_its_dtype(device):
     assert all(t.grad.dtype == torch.float32 for t in tensors)
 
 
-def test_vmap_and_second_derivatives_are_refused(device):
-    x = torch.randn(3, 4, device=device, requires_grad=True)
-    with pytest.raises(NotImplementedError, match="vmap"):
-        torch.vmap(lambda t: kernels.layer_norm(t, None, None))(x)
-    (grad,) = torch.autograd.grad(kernels.layer_norm(x, None, None).square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="double backward"):
-        grad.sum().backward()
-
-
 # ---- bytes -----------------------------------------------------------------------------------------------------------
 
 

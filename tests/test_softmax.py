@@ -212,15 +212,6 @@ def test_autocast_writes_its_dtype(device):
     assert x.grad.dtype == torch.float32
 
 
-def test_vmap_and_second_derivatives_are_refused(device):
-    x = torch.randn(3, 4, device=device, requires_grad=True)
-    with pytest.raises(NotImplementedError, match="vmap"):
-        torch.vmap(kernels.softmax)(x)
-    (grad,) = torch.autograd.grad(kernels.softmax(x).square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="double backward"):
-        grad.sum().backward()
-
-
 # ---- bytes and indices -----------------------------------------------------------------------------------------------
 
 

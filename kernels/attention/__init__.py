@@ -144,7 +144,7 @@ def causal_attention(
 
     Raises:
         ValueError: an argument outside of the above (named, with its value), or a GPU older than Ampere.
-        NotImplementedError: second derivatives, vmap.
+        NotImplementedError: second derivatives, forward-mode derivatives, vmap.
 
     Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", 2023.
     """

@@ -111,7 +111,7 @@ def causal_attention(
 
     Raises:
         ValueError: an argument outside of the above (named, with its value), or a GPU other than a Hopper.
-        NotImplementedError: second derivatives, vmap.
+        NotImplementedError: second derivatives, forward-mode derivatives, vmap.
 
     Source: Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision", 2024.
     """

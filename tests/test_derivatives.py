@@ -1,0 +1,77 @@
+"""Derivatives that the kernels do not have are refused, never wrong; what is no tensor is refused by name."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+import kernels
+from kernels.attention import hopper
+
+TARGETS = torch.tensor([1, 0, 3])
+OPS = {
+    "causal_attention": lambda x: kernels.causal_attention(*(x.repeat(1, 4)[None, None],) * 3),
+    "softmax": lambda x: kernels.softmax(x),
+    "causal_softmax": lambda x: kernels.causal_softmax(x, 0.5),
+    "layer_norm": lambda x: kernels.layer_norm(x, None, None),
+    "add_layer_norm": lambda x: kernels.add_layer_norm(x, x, None, None)[0],
+    "rms_norm": lambda x: kernels.rms_norm(x, None),
+    "cross_entropy": lambda x: kernels.cross_entropy(x, TARGETS.to(x.device)),
+    "linear_cross_entropy": lambda x: kernels.linear_cross_entropy(x, x + 1, TARGETS.to(x.device) % 3),
+}
+every_op = pytest.mark.parametrize("op", OPS)
+
+
+@pytest.fixture
+def x(device):
+    return torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def test_every_public_kernel_is_here():
+    assert OPS.keys() == set(kernels.__all__)
+
+
+@every_op
+def test_second_derivatives_are_refused(op, x):
+    (gradient,) = torch.autograd.grad(OPS[op](x.requires_grad_()).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        gradient.sum().backward()
+
+
+@every_op
+def test_vmap_is_refused(op, x):
+    with pytest.raises(NotImplementedError, match="vmap"):
+        torch.vmap(OPS[op])(x.expand(2, 3, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@every_op
+def test_forward_mode_is_refused(op, x):
+    with pytest.raises(NotImplementedError, match=f"{op}: no forward-mode"):
+        torch.func.jvp(OPS[op], (x,), (x,))
+    with pytest.raises(NotImplementedError, match=f"{op}: no forward-mode"), forward_ad.dual_level():
+        OPS[op](forward_ad.make_dual(x, x))
+    with forward_ad.dual_level():
+        OPS[op](x)  # has no tangent
+
+
+@every_op
+def test_torch_func_is_refused(op, x):
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        torch.func.grad(lambda t: OPS[op](t).sum())(x)
+
+
+@pytest.mark.parametrize("name, call", [
+    ("causal_attention: k", lambda x: kernels.causal_attention(x[None, None], None, None)),
+    ("causal_attention: v", lambda x: hopper.causal_attention(x[None, None], x[None, None], None)),
+    ("softmax: x", lambda x: kernels.softmax(None)),
+    ("causal_softmax: scores", lambda x: kernels.causal_softmax(None, 1.0)),
+    ("layer_norm: x", lambda x: kernels.layer_norm(None, x, x)),
+    ("layer_norm: bias", lambda x: kernels.layer_norm(x, x[0], 0.0)),
+    ("add_layer_norm: residual", lambda x: kernels.add_layer_norm(x, None, None, None)),
+    ("rms_norm: x", lambda x: kernels.rms_norm(None, x)),
+    ("cross_entropy: logits", lambda x: kernels.cross_entropy(None, TARGETS)),
+    ("linear_cross_entropy: weight", lambda x: kernels.linear_cross_entropy(x, None, TARGETS)),
+])  # fmt: skip
+def test_what_is_no_tensor_is_refused_by_name(name, call, x):
+    with pytest.raises(ValueError, match=f"{name} must be a tensor, got (NoneType|float)"):
+        call(x)
