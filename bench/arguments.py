@@ -33,15 +33,13 @@ class GaveUp(Exception):
 
 
 def run(main, argv=None):
-    """Exit status: what `main(argv)` returns, 0 for None; 2 and one line on stderr for a user's mistake, 1 and one line
-    where it gave up, 130 when interrupted."""
-    try:
-        return main(argv) or 0
-    except errors.UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except GaveUp as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    """The exit status of `main(argv)`: as of every command (errors.exit_status), 1 and one line where it gave up."""
+
+    def command():
+        try:
+            return main(argv)
+        except GaveUp as e:
+            print(f"error: {e}", file=sys.stderr)
+            return 1
+
+    return errors.exit_status(command)

@@ -24,6 +24,7 @@ import torch
 
 from bench import command, compile_cases, harness
 from bench.compiled import Case
+from gptlib.flags import below_one, positive_int
 
 OPS = ("causal_attention",)
 GPU_TOKENS, GPU_WIDTH, CPU_HEADS = 16384, 2048, 4
@@ -83,17 +84,6 @@ class Attention(harness.KernelBench):
         return Case(f"attention-d{case['head_dim']}", call)
 
 
-def rate(text):
-    """A dropout rate, at least 0 and below 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise command.argparse.ArgumentTypeError(f"{text!r} is not at least 0 and below 1")
-    return value
-
-
 def main(argv=None):
     p = harness.parser(__doc__, OPS)
     p.add_argument(
@@ -103,9 +93,9 @@ def main(argv=None):
         help="sequence lengths; default 256,512,1024, on a GPU 1024,4096,16384",
     )
     p.add_argument("--head-dim", type=command.positives, metavar="D,...", help="default 64, on a GPU 64,128")
-    p.add_argument("--heads", type=command.positive, metavar="H", help="default 4, on a GPU 2048 / D")
+    p.add_argument("--heads", type=positive_int, metavar="H", help="default 4, on a GPU 2048 / D")
     p.add_argument("--batch", type=command.positives, metavar="B,...", help="default 1, on a GPU 16384 / T")
-    p.add_argument("--dropout", type=rate, default=0.0, metavar="P", help="on the weights (0); the check runs without")
+    p.add_argument("--dropout", type=below_one, default=0.0, metavar="P", help="on the weights (0); not in the check")
     harness.main(Attention(), p.parse_args(argv))
 
 

@@ -6,32 +6,15 @@ import re
 import torch
 
 from bench.arguments import Parser, folder, run  # noqa: F401  (for every bench)
+from gptlib.flags import positive_int
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MODES = ("fwd", "bwd", "fwd+bwd")
 
 
-def positive(text):
-    """An integer of at least 1."""
-    if not text.strip().isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
-
-
 def positives(text):
     """Comma-separated positive integers."""
-    return [positive(part) for part in text.split(",")]
-
-
-def seconds(text):
-    """A positive number of seconds."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
-    return value
+    return [positive_int(part) for part in text.split(",")]
 
 
 def names(text):

@@ -19,6 +19,7 @@ if not __package__:  # run as a script: the checkout belongs on the path, not be
 
 from bench import command, compiled, environment, table
 from gptlib.errors import UserError
+from gptlib.flags import positive_int
 
 VERSIONS = ("3.6.0", "3.7.1", "3.9.0")
 NUMPY = "numpy<2.4"  # Triton 3.6's interpreter fails with newer ones
@@ -79,7 +80,7 @@ def main(argv=None):
     p = command.Parser(__doc__)
     p.add_argument("--triton", type=command.names, default=list(VERSIONS), metavar="V,...")
     p.add_argument("--arch", type=command.one_of(compiled.LIMITS), default=["sm_80", "sm_90"], metavar="A,...")
-    p.add_argument("--jobs", type=command.positive, metavar="N", help="processes; default: one per core")
+    p.add_argument("--jobs", type=positive_int, metavar="N", help="processes; default: one per core")
     p.add_argument("--out", type=command.folder, default="runs/bench/compiled", metavar="DIR")
     p.add_argument("--publish", action="store_true", help="also replace results/compiled/matrix.csv and .json")
     p.add_argument("--commit", help="commit id to record, for a checkout without git")

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from bench import command, compile_cases, compiled, environment, sass, table
 from gptlib.errors import UserError
+from gptlib.flags import positive_int
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 COLUMNS = [
@@ -172,7 +173,7 @@ def main(argv=None):
     )
     p.add_argument("--tile", metavar="Q,K,W,S,...", help="a tile for --kernel forward, dkdv or dq to try instead")
     p.add_argument("--core", action="store_true", help="only the smaller set that the long tests compile")
-    p.add_argument("--jobs", type=command.positive, metavar="N", help="processes; default: one per core")
+    p.add_argument("--jobs", type=positive_int, metavar="N", help="processes; default: one per core")
     p.add_argument(
         "--out", type=command.folder, default="runs/bench/compiled", metavar="DIR", help="where the CSV and JSON go"
     )

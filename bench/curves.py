@@ -39,6 +39,7 @@ from bench import command, environment, output, spread, table
 from gptlib import options, train
 from gptlib.device import choose_device
 from gptlib.errors import UserError
+from gptlib.flags import positive_int
 from gptlib.metrics import read_metrics
 from gptlib.model import PRESETS
 from gptlib.prepare import prepare
@@ -92,8 +93,8 @@ def parse(argv):
         "--attn", type=command.names, help="names, or package.module:function; default reference,sdpa,triton"
     )
     p.add_argument("--norm", type=command.names, default=["reference"], help="names; every --attn meets every --norm")
-    p.add_argument("--steps", type=command.positive, help="of every training; default 1000, on a CPU 200")
-    p.add_argument("--batch-size", type=command.positive, metavar="B", help="windows a step; default the trainer's")
+    p.add_argument("--steps", type=positive_int, help="of every training; default 1000, on a CPU 200")
+    p.add_argument("--batch-size", type=positive_int, metavar="B", help="windows a step; default the trainer's")
     p.add_argument(
         "--seeds", type=seeds, default=[0, 1], metavar="A,B", help="all train with A, the reference with B too"
     )

@@ -27,6 +27,7 @@ from bench.against import OtherCommit
 from bench.gate import as_tuple
 from gptlib.device import choose_device
 from gptlib.errors import UserError
+from gptlib.flags import positive_float
 
 SEED = 0
 
@@ -215,7 +216,7 @@ def parser(doc, ops):
     p.add_argument("--against", metavar="REF", help="also time the kernels of this git commit, branch or tag")
     archs = command.one_of(compiled.LIMITS)
     p.add_argument("--arch", type=archs, metavar="A,...", help="also compile our kernels for A; without a GPU sm_90")
-    p.add_argument("--budget", type=command.seconds, default=0.2, metavar="S", help="seconds of repeats a row (0.2)")
+    p.add_argument("--budget", type=positive_float, default=0.2, metavar="S", help="seconds of repeats a row (0.2)")
     return p
 
 

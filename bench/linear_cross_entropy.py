@@ -22,6 +22,7 @@ from bench import command, compile_cases, harness
 from bench.compiled import Case
 from bench.rows import normal
 from gptlib.errors import UserError
+from gptlib.flags import positive_int
 
 OPS = ("linear_cross_entropy",)
 GATE_TOKENS = 256
@@ -82,7 +83,7 @@ def main(argv=None):
     p = harness.parser(__doc__, OPS)
     p.set_defaults(mode=["fwd+bwd"])
     p.add_argument("--tokens", type=command.positives, metavar="M,...", help="rows of x")
-    p.add_argument("--width", type=command.positive, metavar="C", help="columns of x")
+    p.add_argument("--width", type=positive_int, metavar="C", help="columns of x")
     p.add_argument("--classes", type=command.positives, metavar="N,...", help="size of the vocabulary")
     args = p.parse_args(argv)
     if args.mode != ["fwd+bwd"]:

@@ -7,6 +7,7 @@ line; it is never an error.
 
 import functools
 import importlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -216,7 +217,7 @@ def resolve(op, names):
             found.append(Provider(name, PEERS[op][name]() if name in PEERS[op] else from_registry(name)))
         except UserError as e:
             if ":" in name:
-                raise
+                raise UserError(re.sub(r"^--\w+", "--providers", str(e))) from e
             missing.append(f"{name}: {first_line(e)}")
         except (ImportError, OSError, AttributeError, RuntimeError) as e:  # absent, another version, other hardware
             missing.append(f"{name}: not usable here ({first_line(e)})")

@@ -3,6 +3,7 @@
 import torch
 
 from bench import command, harness
+from gptlib.flags import positive_int
 
 GPU_ELEMENTS, CPU_ELEMENTS = 2**27, 2**21  # a matrix: 256 MiB in bf16, five times an H100's L2; 8 MiB in fp32
 GPU_LENGTHS, CPU_LENGTHS = [1024, 4096, 16384, 65536], [1024, 4096, 16384]
@@ -46,4 +47,4 @@ def add_flags(p, ops, default):
         help=f"of {', '.join(ops)} ({', '.join(default)})",
     )
     p.add_argument("--length", type=command.positives, metavar="N,...", help="row lengths; default several")
-    p.add_argument("--rows", type=command.positive, metavar="M", help="rows; default: rows x length stays constant")
+    p.add_argument("--rows", type=positive_int, metavar="M", help="rows; default: rows x length stays constant")

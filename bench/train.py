@@ -32,7 +32,7 @@ from bench import command, environment, gate, output, providers, table, timing, 
 from gptlib import backends, metrics
 from gptlib.device import autocast_for, choose_device, choose_dtype
 from gptlib.errors import UserError
-from gptlib.flags import below_one
+from gptlib.flags import below_one, positive_int
 from gptlib.model import PRESETS
 from gptlib.options import DTYPES
 from gptlib.train import build_model, make_optimizer, to_device, train_step
@@ -271,9 +271,9 @@ def parse(argv):
     p.add_argument("--norm", type=command.names, help="names; every --attn that names none runs with every --norm")
     p.add_argument("--loss", type=command.names, help="likewise; default torch, on a GPU triton")
     p.add_argument("--seq", type=command.positives, metavar="T,...", help="context lengths; default the preset's")
-    p.add_argument("--batch", type=command.positive, metavar="B", help="windows a step; default 16384 tokens, CPU 1024")
-    p.add_argument("--steps", type=command.positive, default=20, help="steps timed (20)")
-    p.add_argument("--n-layers", type=command.positive, help="instead of the preset's")
+    p.add_argument("--batch", type=positive_int, metavar="B", help="windows a step; default 16384 tokens, CPU 1024")
+    p.add_argument("--steps", type=positive_int, default=20, help="steps timed (20)")
+    p.add_argument("--n-layers", type=positive_int, help="instead of the preset's")
     p.add_argument("--drop-rate", type=below_one, default=0.0, help="(0)")
     p.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")

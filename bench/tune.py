@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from bench import command, compile_cases, compiled, environment, table, timing
 from gptlib.errors import UserError
+from gptlib.flags import positive_int
 
 ATTENTION_KERNELS = {"forward": "attention_forward_kernel", "dkdv": "dkdv_kernel", "dq": "dq_kernel"}
 ROW_KERNELS = ("softmax_forward", "softmax_backward", "norm_forward", "norm_backward", "cross_entropy")
@@ -273,13 +274,13 @@ def main(argv=None):
     kernels = (*ATTENTION_KERNELS, *ROW_KERNELS)
     p.add_argument("--kernel", type=command.one_of(kernels), default=list(ATTENTION_KERNELS), metavar="NAME,...")
     p.add_argument("--head-dim", type=command.positives, default=[64, 128], metavar="D,...", help="default: 64,128")
-    p.add_argument("--seq", type=command.positive, default=1024, metavar="T", help="of attention; default: 1024")
+    p.add_argument("--seq", type=positive_int, default=1024, metavar="T", help="of attention; default: 1024")
     p.add_argument("--length", type=command.positives, default=[768, 1024, 4096], metavar="N,...", help="of rows")
     p.add_argument("--dtype", choices=list(compile_cases.DTYPES), default="bf16")
     p.add_argument("--dropout", type=float, default=0.0)
     p.add_argument("--arch", choices=compiled.LIMITS, help="write the candidates for this architecture; needs no GPU")
     p.add_argument("--candidates", metavar="FILE", help="time these, which --arch wrote, and no others")
-    p.add_argument("--jobs", type=command.positive, metavar="N", help="compiling processes; default: one per core")
+    p.add_argument("--jobs", type=positive_int, metavar="N", help="compiling processes; default: one per core")
     p.add_argument("--out", type=command.folder, default="runs/bench/tune", metavar="DIR")
     p.add_argument("--commit", help="commit id to record, for a checkout without git")
     args = p.parse_args(argv)

@@ -39,7 +39,7 @@ def save(run, model, optimizer, batches, corpus, step):
         "data_fingerprint": corpus.fingerprint,
         "batches": batches.state_dict(),
     }
-    with writing(final):
+    with writing(final, SafetensorError):
         if new.exists():  # left by a process killed while it replaced the old one
             _replace_folder(new, final)
         shutil.rmtree(partial, ignore_errors=True)

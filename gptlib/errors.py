@@ -5,19 +5,18 @@ import contextlib
 import os
 import sys
 
-from safetensors import SafetensorError
-
 
 class UserError(Exception):
     """Bad input from the user: one clear line that says what, why and what to do; a command line exits with code 2."""
 
 
 @contextlib.contextmanager
-def writing(path):
-    """What keeps a file from being written, such as a full disk, becomes a UserError with the path and the reason."""
+def writing(path, *errors):
+    """What keeps a file from being written, such as a full disk (OSError, or one of `errors`), becomes a UserError with
+    the path and the reason."""
     try:
         yield
-    except (OSError, SafetensorError) as e:
+    except (OSError, *errors) as e:
         reason = getattr(e, "strerror", None) or " ".join(str(e).split())
         raise UserError(f"{path} cannot be written: {reason}; make room there, or name another folder") from e
 

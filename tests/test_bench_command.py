@@ -50,11 +50,11 @@ def test_another_loss_is_refused(device, tmp_path):
 @pytest.mark.parametrize(
     ("main", "flags", "words"),
     [
-        (attention.main, ["--seq", "0"], ["--seq", "'0'", "positive"]),
+        (attention.main, ["--seq", "0"], ["--seq", "0 is not at least 1"]),
         (attention.main, ["--seq", "-5"], ["--seq"]),
         (attention.main, ["--seq", "12,x"], ["'x'"]),
         (attention.main, ["--providers", "sdpa,nope"], ["'nope'", "sdpa-flash", "triton-softmax", "xformers"]),
-        (attention.main, ["--providers", "no.such:function"], ["no.such:function", "cannot be imported"]),
+        (attention.main, ["--providers", "no.such:function"], ["--providers no.such:function", "cannot be imported"]),
         (attention.main, ["--providers", "math:sqrt"], ["math:sqrt", "(q, k, v, *, scale=None, dropout_p=0.0)"]),
         (attention.main, ["--dtype", "fp8"], ["'fp8'", "bf16"]),
         (attention.main, ["--mode", "forward"], ["'forward'", "fwd+bwd"]),
