@@ -11,18 +11,24 @@ same order.
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 
 from kernels import _tuning
-from kernels._runtime import cast, launch
+from kernels._runtime import cast, cdiv, launch
 
 
 def as_rows(x):
     """x (..., N) as a matrix (rows, N) of unit inner stride: a view where the strides allow it, else one copy."""
     n_cols = x.shape[-1]
-    matrix = x.reshape(x.numel() // n_cols, n_cols)
+    matrix = x if x.dim() == 2 else x.reshape(x.numel() // n_cols, n_cols)
     return matrix if matrix.stride(1) == 1 or n_cols == 1 else matrix.contiguous()
+
+
+def empty_rows(x, dtype):
+    """Uninitialized, contiguous, of x's shape."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def alignment(*matrices):
@@ -129,7 +135,7 @@ def sum_partials(key, pairs):
     block_p, block_n, num_warps = _tuning.PARTIALS_TILE[_tuning.table_arch(key, _tuning.PARTIALS_TILE)]
     launch(
         sum_partials_kernel,
-        (triton.cdiv(n_cols, block_n), len(pairs)),
+        (cdiv(n_cols, block_n), len(pairs)),
         *(partials[0], partials[-1], sums[0], sums[-1], n_partials, n_cols),
         num_warps=num_warps,
         BLOCK_P=block_p,

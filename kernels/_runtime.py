@@ -9,6 +9,7 @@ executes each program with NumPy. Three of its habits need care, all handled her
 """
 
 import contextlib
+import functools
 import os
 import types
 import warnings
@@ -72,16 +73,22 @@ def arch(device):
         return _target_arch.get()
     if INTERPRETED:
         return "interpret"
+    return _gpu(device)[0]
+
+
+@functools.cache
+def _gpu(device):
+    """(architecture, multiprocessors) of a GPU, asked for once: every call of a kernel needs them."""
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+        return properties.gcnArchName.split(":")[0], properties.multi_processor_count
+    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
 
 
 def multiprocessors(device):
     """How many multiprocessors share the work: an H100's for the meta device, 4 in the interpreter."""
     if device.type == "cuda" and not INTERPRETED:
-        return torch.cuda.get_device_properties(device).multi_processor_count
+        return _gpu(device)[1]
     return 132 if device.type == "meta" else 4
 
 
@@ -121,7 +128,20 @@ def launch(kernel, grid, *args, num_warps=4, num_stages=2, maxnreg=None, **const
 
 def device_of(args):
     """Where the first tensor of a launch's arguments is; a tensor map has one as its base."""
-    return next(x.device for x in (getattr(a, "base", a) for a in args) if isinstance(x, torch.Tensor))
+    for a in args:
+        if isinstance(x := getattr(a, "base", a), torch.Tensor):
+            return x.device
+    raise ValueError("a launch knows its device by its tensors, and has none")
+
+
+def cdiv(a, b):
+    """ceil(a / b) of positive integers. triton.cdiv, made for kernels too, takes microseconds on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n):
+    """The smallest power of two that is at least n, a positive integer."""
+    return 1 << (n - 1).bit_length()
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -156,11 +176,11 @@ def check_device(op, name, device):
         )
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"{op}: {name} is on {device}; cuda (or cpu, through Triton's interpreter) is supported")
-    if device.type == "cuda" and not INTERPRETED and not torch.version.hip:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
+    if device.type == "cuda" and not INTERPRETED and (found := _gpu(device)[0]).startswith("sm_"):
+        capability = int(found.removeprefix("sm_"))
+        if capability < 80:
             raise ValueError(
-                f"{op}: {torch.cuda.get_device_name(device)} has CUDA capability {capability[0]}.{capability[1]}; "
+                f"{op}: {torch.cuda.get_device_name(device)} has CUDA capability {capability / 10}; "
                 "8.0 (Ampere) or newer is needed"
             )
 
@@ -180,31 +200,48 @@ def unit_inner_stride(x):
 # ---- registration ----------------------------------------------------------------------------------------------------
 
 
+_library = torch.library.Library("kernels", "FRAGMENT")  # lives as long as the module: the operators go with it
+
+
 def register_op(name, schema, run, fake, setup_context=None, backward=None):
     """Make `kernels::name` a PyTorch operator with a fake (shape) rule and autograd, and return it.
 
     One opaque operator serves GPU and interpreter alike, so that what the tests prove on a CPU is what a GPU runs, and
     torch.compile never looks inside. `backward=None` marks an operator that is itself a backward: differentiating it
     again raises NotImplementedError. vmap raises too; both would otherwise fail deep inside with no reason given.
+
+    Registered piece by piece, not by torch.library.custom_op: its checks on every call take longer than a small kernel.
     """
-    op = torch.library.custom_op(f"kernels::{name}", run, mutates_args=(), schema=schema)
-    op.register_fake(fake)
-    if backward is None:
+    _library.define(name + schema)
+    op = getattr(torch.ops.kernels, name).default
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kernels::{name}", fake, lib=_library)
 
-        def backward(ctx, *grads):
-            raise NotImplementedError(
-                f"kernels.{name} has no double backward; use the reference for second derivatives"
-            )
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op(*args)
+        if backward is not None:
+            setup_context(ctx, args, output)
+        return output
 
-        def setup_context(ctx, inputs, output):
-            pass
+    def refuse_second_derivatives(ctx, *grads):
+        raise NotImplementedError(f"kernels.{name} has no double backward; use the reference for second derivatives")
 
-    op.register_autograd(backward, setup_context=setup_context)
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward or refuse_second_derivatives)}
+    function = type(f"kernels.{name}", (torch.autograd.Function,), methods)
+
+    def differentiable(*args):
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    _library.impl(name, differentiable, "Autograd")
 
     def refuse_vmap(info, in_dims, *args):
         raise NotImplementedError(f"kernels.{name} does not support vmap; fold the mapped dimension into the batch")
 
-    op.register_vmap(refuse_vmap)
+    torch.library.register_vmap(f"kernels::{name}", refuse_vmap, lib=_library)
     return op
 
 

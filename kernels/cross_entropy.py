@@ -40,8 +40,8 @@ import triton
 import triton.language as tl
 
 from kernels import _tuning
-from kernels._rows import alignment, as_rows, load_visible, max_and_sum, store_tile
-from kernels._runtime import arch, autocast_dtype, check_tensors, launch, register_op
+from kernels._rows import alignment, as_rows, empty_rows, load_visible, max_and_sum, store_tile
+from kernels._runtime import arch, autocast_dtype, cdiv, check_tensors, launch, register_op
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
@@ -178,7 +178,7 @@ def _launch(kernel, tensors, matrix, ignore_index, align):
     tile = _tuning.row_tile(arch(matrix.device), "cross_entropy", n_cols)
     launch(
         kernel,
-        (triton.cdiv(n_rows, tile.rows),),
+        (cdiv(n_rows, tile.rows),),
         *(*tensors, matrix.stride(0), n_rows, n_cols, ignore_index),
         num_warps=tile.num_warps,
         ALIGN=align,
@@ -190,7 +190,7 @@ def _launch(kernel, tensors, matrix, ignore_index, align):
 def cross_entropy_forward(logits, targets, ignore_index):
     """logits (..., V), targets (...) -> losses, m, log2_l, (R,) fp32 each."""
     matrix = as_rows(logits)
-    losses, m, log2_l = (torch.empty(matrix.shape[0], dtype=torch.float32, device=logits.device) for _ in range(3))
+    losses, m, log2_l = (logits.new_empty(matrix.shape[0], dtype=torch.float32) for _ in range(3))
     targets = targets.reshape(-1).contiguous()
     _launch(cross_entropy_forward_kernel, (matrix, targets, losses, m, log2_l), matrix, ignore_index, alignment(matrix))
     return losses, m, log2_l
@@ -199,7 +199,7 @@ def cross_entropy_forward(logits, targets, ignore_index):
 def cross_entropy_backward(dlosses, logits, targets, m, log2_l, ignore_index):
     """dlosses (R,) fp32 -> dlogits in logits' shape and dtype, contiguous."""
     matrix = as_rows(logits)
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    dlogits = empty_rows(logits, logits.dtype)
     tensors = matrix, targets.reshape(-1).contiguous(), m, log2_l, dlosses.contiguous(), dlogits
     _launch(cross_entropy_backward_kernel, tensors, matrix, ignore_index, alignment(matrix))
     return dlogits
@@ -211,10 +211,10 @@ def linear_cross_entropy_forward(x, weight, targets, ignore_index, needs_dx, nee
     dx and dweight are those of the sum of the losses; one that is not needed has no elements.
     """
     (n_rows, width), vocabulary = x.shape, weight.shape[0]
-    losses = torch.empty(n_rows, dtype=torch.float32, device=x.device)
+    losses = x.new_empty(n_rows, dtype=torch.float32)
     dx = x.new_empty((n_rows, width) if needs_dx else 0, dtype=torch.float32)
     dweight = x.new_empty((vocabulary, width) if needs_dweight else 0, dtype=torch.float32)
-    row_stride = triton.cdiv(vocabulary, ROW_ALIGNMENT) * ROW_ALIGNMENT
+    row_stride = cdiv(vocabulary, ROW_ALIGNMENT) * ROW_ALIGNMENT
     step = _tuning.loss_chunk_rows(arch(x.device), n_rows, row_stride * x.element_size())
     buffer = x.new_empty(min(step, n_rows), row_stride)
     for start in range(0, n_rows, step):
@@ -273,7 +273,7 @@ _cross_entropy_backward = register_op(
     "cross_entropy_backward",
     "(Tensor dlosses, Tensor logits, Tensor targets, Tensor m, Tensor log2_l, int ignore_index) -> Tensor",
     cross_entropy_backward,
-    lambda dlosses, logits, *_: torch.empty(logits.shape, dtype=logits.dtype, device=logits.device),
+    lambda dlosses, logits, *_: empty_rows(logits, logits.dtype),
 )
 _cross_entropy = register_op(
     "cross_entropy",

@@ -41,8 +41,18 @@ import triton
 import triton.language as tl
 
 from kernels import _tuning
-from kernels._rows import alignment, as_rows, load_tile, store_tile, sum_partials
-from kernels._runtime import TL_DTYPES, arch, autocast_dtype, cast, check_tensors, launch, multiprocessors, register_op
+from kernels._rows import alignment, as_rows, empty_rows, load_tile, store_tile, sum_partials
+from kernels._runtime import (
+    TL_DTYPES,
+    arch,
+    autocast_dtype,
+    cast,
+    cdiv,
+    check_tensors,
+    launch,
+    multiprocessors,
+    register_op,
+)
 
 
 @triton.jit
@@ -297,9 +307,9 @@ def norm_forward(x, residual, weight, bias, eps, rms, dtype):
     statistics, fp32 (3, rows), RMSNorm (1, rows)."""
     n_cols = x.shape[-1]
     n_rows = math.prod(x.shape[:-1])
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    h = x.new_empty(0) if residual is None else torch.empty(x.shape, dtype=_sum_dtype(x, residual), device=x.device)
-    stats = torch.empty((1 if rms else 3, n_rows), dtype=torch.float32, device=x.device)
+    y = empty_rows(x, dtype)
+    h = x.new_empty(0) if residual is None else empty_rows(x, _sum_dtype(x, residual))
+    stats = x.new_empty((1 if rms else 3, n_rows), dtype=torch.float32)
     if x.numel() == 0:
         return y, h, stats
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
@@ -307,7 +317,7 @@ def norm_forward(x, residual, weight, bias, eps, rms, dtype):
     tile = _tuning.row_tile(arch(x.device), "norm_forward", n_cols)
     launch(
         norm_forward_kernel if tile.holds_row else norm_forward_blocks_kernel,
-        (triton.cdiv(n_rows, tile.rows),),
+        (cdiv(n_rows, tile.rows),),
         *(*inputs, weight, bias, y, None if residual is None else h, stats, *_row_strides(inputs), n_rows, n_cols, eps),
         num_warps=tile.num_warps,
         RMS=rms,
@@ -323,7 +333,7 @@ def norm_backward(dy, dh_out, h, stats, weight, rms, dweight_dtype, dbias_dtype)
     """dy and dh_out (or None), h (..., N) -> dh in h's dtype; dweight and dbias (N,) in the dtypes given (no elements
     where that is None)."""
     n_cols = h.shape[-1]
-    dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    dh = empty_rows(h, h.dtype)
     dweight, dbias = (_sums_like(h, dtype) for dtype in (dweight_dtype, dbias_dtype))
     if h.numel() == 0:
         return dh, dweight.zero_(), dbias.zero_()
@@ -332,11 +342,11 @@ def norm_backward(dy, dh_out, h, stats, weight, rms, dweight_dtype, dbias_dtype)
     n_rows = grads[0].shape[0]
     key = arch(h.device)
     tile = _tuning.row_tile(key, "norm_backward", n_cols)
-    column_blocks = triton.cdiv(n_cols, tile.block_n)
-    programs = triton.cdiv(multiprocessors(h.device) * _tuning.persistent_programs(tile), column_blocks)
-    programs = min(programs, triton.cdiv(n_rows, tile.rows))
+    column_blocks = cdiv(n_cols, tile.block_n)
+    programs = cdiv(multiprocessors(h.device) * _tuning.persistent_programs(tile), column_blocks)
+    programs = min(programs, cdiv(n_rows, tile.rows))
     partials = [
-        None if dtype is None else torch.empty((programs, n_cols), dtype=torch.float32, device=h.device)
+        None if dtype is None else h.new_empty((programs, n_cols), dtype=torch.float32)
         for dtype in (dweight_dtype, dbias_dtype)
     ]
     means = None if tile.holds_row else _row_means(grads[0], grads[2], weight, stats, rms, tile)
@@ -358,10 +368,10 @@ def norm_backward(dy, dh_out, h, stats, weight, rms, dweight_dtype, dbias_dtype)
 def _row_means(dy, h, weight, stats, rms, tile):
     """mean(g * xhat) and mean(g) of every row, (2, rows)."""
     n_rows, n_cols = h.shape
-    means = torch.empty((2, n_rows), dtype=torch.float32, device=h.device)
+    means = h.new_empty((2, n_rows), dtype=torch.float32)
     launch(
         norm_row_sums_kernel,
-        (triton.cdiv(n_rows, tile.rows),),
+        (cdiv(n_rows, tile.rows),),
         *(dy, h, weight, stats, means, *_row_strides((dy, h)), n_rows, n_cols),
         num_warps=tile.num_warps,
         RMS=rms,
@@ -378,7 +388,7 @@ def _row_strides(matrices):
 
 def _sums_like(h, dtype):
     """(N,) for the sum of rows like h's, or no elements where it is not wanted."""
-    return torch.empty(0 if dtype is None else h.shape[-1], dtype=dtype or torch.float32, device=h.device)
+    return h.new_empty(0 if dtype is None else h.shape[-1], dtype=dtype or torch.float32)
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------
@@ -389,14 +399,14 @@ def _sum_dtype(x, residual):
 
 
 def _forward_fake(x, residual, weight, bias, eps, rms, dtype):
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    h = x.new_empty(0) if residual is None else torch.empty(x.shape, dtype=_sum_dtype(x, residual), device=x.device)
+    y = empty_rows(x, dtype)
+    h = x.new_empty(0) if residual is None else empty_rows(x, _sum_dtype(x, residual))
     rows = math.prod(x.shape[:-1])
-    return y, h, torch.empty((1 if rms else 3, rows), dtype=torch.float32, device=x.device)
+    return y, h, x.new_empty((1 if rms else 3, rows), dtype=torch.float32)
 
 
 def _backward_fake(dy, dh_out, h, stats, weight, rms, dweight_dtype, dbias_dtype):
-    dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    dh = empty_rows(h, h.dtype)
     return dh, _sums_like(h, dweight_dtype), _sums_like(h, dbias_dtype)
 
 

@@ -30,13 +30,12 @@ collapse to one row stride, else copied once); any row length; rows and elements
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 
 from kernels import _tuning
-from kernels._rows import alignment, as_rows, finite_or_zero, load_visible, max_and_sum, store_tile
-from kernels._runtime import arch, autocast_dtype, check_tensors, launch, register_op
+from kernels._rows import alignment, as_rows, empty_rows, finite_or_zero, load_visible, max_and_sum, store_tile
+from kernels._runtime import arch, autocast_dtype, cdiv, check_tensors, launch, register_op
 
 LOG2_E = math.log2(math.e)
 
@@ -174,7 +173,7 @@ def softmax_backward_blocks_kernel(
 
 def softmax_forward(x, scale, causal, dtype):
     """x (..., N), or (..., Tq, Tk) when causal -> y in `dtype`, contiguous."""
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    y = empty_rows(x, dtype)
     if x.numel() == 0:
         return y
     matrix = as_rows(x)
@@ -182,7 +181,7 @@ def softmax_forward(x, scale, causal, dtype):
     tile = _tuning.row_tile(arch(x.device), "softmax_forward", n_cols)
     launch(
         softmax_forward_kernel if tile.holds_row else softmax_forward_blocks_kernel,
-        (triton.cdiv(n_rows, tile.rows),),
+        (cdiv(n_rows, tile.rows),),
         *(matrix, y, matrix.stride(0), n_rows, n_cols, x.shape[-2] if causal else 1, scale * LOG2_E),
         num_warps=tile.num_warps,
         CAUSAL=causal,
@@ -195,7 +194,7 @@ def softmax_forward(x, scale, causal, dtype):
 
 def softmax_backward(y, dy, scale, causal, dtype):
     """y, dy (..., N) -> dx in `dtype`, contiguous."""
-    dx = torch.empty(y.shape, dtype=dtype, device=y.device)
+    dx = empty_rows(y, dtype)
     if y.numel() == 0:
         return dx
     y_rows, dy_rows = as_rows(y), as_rows(dy)
@@ -204,7 +203,7 @@ def softmax_backward(y, dy, scale, causal, dtype):
     strides = y_rows.stride(0), dy_rows.stride(0)
     launch(
         softmax_backward_kernel if tile.holds_row else softmax_backward_blocks_kernel,
-        (triton.cdiv(n_rows, tile.rows),),
+        (cdiv(n_rows, tile.rows),),
         *(y_rows, dy_rows, dx, *strides, n_rows, n_cols, y.shape[-2] if causal else 1, scale),
         num_warps=tile.num_warps,
         CAUSAL=causal,
@@ -219,7 +218,7 @@ def softmax_backward(y, dy, scale, causal, dtype):
 
 
 def _empty(x, *args):
-    return torch.empty(x.shape, dtype=args[-1], device=x.device)
+    return empty_rows(x, args[-1])
 
 
 def _setup_context(ctx, inputs, output):

@@ -159,7 +159,7 @@ def test_the_cpu_is_refused_where_kernels_are_compiled(monkeypatch):
 
 def test_old_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(_runtime, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(_runtime, "_gpu", lambda device: ("sm_75", 40))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(ValueError, match=r"Tesla T4 has CUDA capability 7\.5"):
         _runtime.check_device("causal_attention", "q", torch.device("cuda"))

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from kernels import _dropout, _runtime
 from kernels._dropout import keep_mask, keep_mask_transposed, load_rng
-from kernels._runtime import cast, dot
+from kernels._runtime import cast, cdiv, dot
 from kernels.attention.tiles import (
     LOG2_E,
     empty_heads,
@@ -245,10 +245,10 @@ def dq_kernel(
 def compute_delta(out, dout, dlse):
     """Launch the delta pass: (B, H, Tq) fp32."""
     B, H, Tq, D = out.shape
-    delta = torch.empty((B, H, Tq), dtype=torch.float32, device=out.device)
+    delta = out.new_empty((B, H, Tq), dtype=torch.float32)
     block_d = padded_head_dim(D)
     block_q = 128 if _runtime.arch(out.device) == "interpret" else max(16, 4096 // block_d)
-    num_blocks = triton.cdiv(Tq, block_q)
+    num_blocks = cdiv(Tq, block_q)
     _runtime.launch(
         delta_kernel, (num_blocks * B * H,),
         out, dout, dlse, delta, *strides(out), *strides(dout), H, Tq, num_blocks,
@@ -273,7 +273,7 @@ def attention_backward(
 
     dk, dv = empty_heads(B, Hkv, Tk, D, like=k), empty_heads(B, Hkv, Tk, D, like=v)
     tile, sources = plan("dkdv", (q, k, v, dout, dk, dv), "qkkqkk", dropout_p > 0.0)
-    num_blocks = triton.cdiv(Tk, tile.block_k)
+    num_blocks = cdiv(Tk, tile.block_k)
     _runtime.launch(
         dkdv_kernel, (num_blocks * B * Hkv,),
         *sources, lse, delta, doc_start, doc_end, rng,
@@ -286,7 +286,7 @@ def attention_backward(
 
     dq = empty_heads(B, H, Tq, D, like=q)
     tile, sources = plan("dq", (q, k, v, dout, dq), "qkkqq", dropout_p > 0.0)
-    num_blocks = triton.cdiv(Tq, tile.block_q)
+    num_blocks = cdiv(Tq, tile.block_q)
     _runtime.launch(
         dq_kernel, (num_blocks * B * H,),
         *sources, lse, delta, doc_start, rng,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from kernels import _runtime
-from kernels._runtime import cast, dot
+from kernels._runtime import cast, cdiv, dot, next_power_of_2
 from kernels.attention.forward import LN_2, online_softmax_update
 from kernels.attention.tiles import (
     LOG2_E,
@@ -121,9 +121,9 @@ def attention_decode(q, k, v, scale, window=0, num_spans=None):
     Hkv, Tk = k.shape[1], k.shape[2]
     tile, sources = plan("decode", (k, v), "kk")
     block_d = padded_head_dim(D)
-    rows = max(16, triton.next_power_of_2(H // Hkv * Tq))
-    span = triton.cdiv(triton.cdiv(Tk, num_spans or num_spans_for(q, k)), tile.block_k) * tile.block_k
-    num_spans = triton.cdiv(Tk, span)
+    rows = max(16, next_power_of_2(H // Hkv * Tq))
+    span = cdiv(cdiv(Tk, num_spans or num_spans_for(q, k)), tile.block_k) * tile.block_k
+    num_spans = cdiv(Tk, span)
     partial_out = torch.empty((B, H, num_spans, Tq, D), dtype=torch.float32, device=q.device)
     partial_lse = torch.empty((B, H, num_spans, Tq), dtype=torch.float32, device=q.device)
     _runtime.launch(
@@ -139,7 +139,7 @@ def attention_decode(q, k, v, scale, window=0, num_spans=None):
     _runtime.launch(
         merge_kernel, (B * H * Tq,),
         partial_out, partial_lse, out, lse, *strides(out), H, Tq, num_spans,
-        HEAD_DIM=D, BLOCK_D=block_d, SPANS=max(2, triton.next_power_of_2(num_spans)),
+        HEAD_DIM=D, BLOCK_D=block_d, SPANS=max(2, next_power_of_2(num_spans)),
         DTYPE=_runtime.TL_DTYPES[q.dtype], num_warps=4 if num_spans * block_d < 32768 else 8, num_stages=1,
     )  # fmt: skip
     return out, lse

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from kernels import _dropout, _runtime
 from kernels._dropout import keep_mask, load_rng
-from kernels._runtime import cast, dot
+from kernels._runtime import cast, cdiv, dot
 from kernels.attention.tiles import (
     LOG2_E,
     empty_heads,
@@ -193,7 +193,7 @@ def attention_forward(q, k, v, scale, dropout_p=0.0, rng=None, window=0, doc_sta
     out = empty_heads(B, H, Tq, D, like=q)
     lse = q.new_empty((B, H, Tq), dtype=torch.float32)
     tile, sources = plan("forward", (q, k, v, out), "qkkq", dropout_p > 0.0)
-    num_blocks = triton.cdiv(Tq, tile.block_q)
+    num_blocks = cdiv(Tq, tile.block_q)
     threshold, rescale = _dropout.threshold_and_rescale(dropout_p)
     _runtime.launch(
         attention_forward_kernel, (num_blocks * B * H,),

@@ -8,17 +8,16 @@ leaping over [whole, cut); and over [whole, cut) without one. Or once, with a ma
 """
 
 import math
-from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import _runtime, _tuning
-from kernels._runtime import cast
+from kernels._runtime import cast, next_power_of_2
 
 L2_BYTES_FOR_KV = 24 * 2**20  # about half of an A100's or H100's L2
+MAX_TILE_ROWS = 256
 
 
 # ---- inside the kernels ----------------------------------------------------------------------------------------------
@@ -172,21 +171,15 @@ def walk(start, whole, cut, end, MASKED: tl.constexpr, ONE_LOOP: tl.constexpr):
 # ---- on the host -----------------------------------------------------------------------------------------------------
 
 
-class Strides(NamedTuple):
-    b: int
-    h: int
-    t: int
-
-
 def padded_head_dim(head_dim):
     """The power of two, at least 16 (the tensor cores' K), that holds a head."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, next_power_of_2(head_dim))
 
 
 def readable(x):
     """x (B, H, T, D) itself if the kernels can read it in place, else a contiguous copy: the last stride must be 1 and
     a tile's rows must lie within 2^31 elements of each other."""
-    in_place = (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(2) * 256 < 2**31
+    in_place = (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(2) * MAX_TILE_ROWS < 2**31
     return x if in_place else x.contiguous()
 
 
@@ -195,10 +188,11 @@ def tma_strides(x):
     B, H, T, D = x.shape
     stride_b, stride_h, stride_t, _ = x.stride()
     free, size = max(16, D), x.element_size()
-    strides = stride_b if B > 1 else free, stride_h if H > 1 else free, stride_t if T > 1 else free
-    if x.numel() == 0 or (not x.is_meta and x.data_ptr() % 16) or any(s * size % 16 for s in strides):
+    stride_b, stride_h, stride_t = stride_b if B > 1 else free, stride_h if H > 1 else free, stride_t if T > 1 else free
+    if (stride_b * size | stride_h * size | stride_t * size | x.data_ptr()) % 16 or x.numel() == 0:
         return None
-    return [*strides, 1] if min(strides) > 0 and max(strides) * size < 2**40 else None
+    fits = min(stride_b, stride_h, stride_t) > 0 and max(stride_b, stride_h, stride_t) * size < 2**40
+    return [stride_b, stride_h, stride_t, 1] if fits else None
 
 
 def plan(kernel, tensors, blocks, dropout=False):
@@ -222,12 +216,16 @@ def plan(kernel, tensors, blocks, dropout=False):
 
 
 def strides(x):
-    return Strides(x.stride(0), x.stride(1), x.stride(2))
+    """Of batches, heads and tokens."""
+    return x.stride()[:3]
 
 
 def empty_heads(batch, heads, tokens, head_dim, like, dtype=None):
-    """Uninitialized (B, H, T, D) laid out as (B, T, H, D): merging the heads afterwards is free."""
-    return torch.empty(batch, tokens, heads, head_dim, dtype=dtype or like.dtype, device=like.device).transpose(1, 2)
+    """Uninitialized (B, H, T, D) laid out as (B, T, H, D): merging the heads afterwards is free. Where that would put a
+    tile's rows more than 2^31 elements apart (see `readable`), laid out as (B, H, T, D)."""
+    if heads * head_dim * MAX_TILE_ROWS >= 2**31:
+        return like.new_empty((batch, heads, tokens, head_dim), dtype=dtype)
+    return like.new_empty((batch, tokens, heads, head_dim), dtype=dtype).transpose(1, 2)
 
 
 def heads_per_section(num_heads, streamed, programs_sharing, heads_read=1):

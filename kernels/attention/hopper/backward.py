@@ -44,6 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels import _runtime, _tuning
+from kernels._runtime import cdiv
 from kernels.attention.backward import load_delta
 from kernels.attention.hopper.ring import (
     CONSUMER_REGISTERS,
@@ -415,7 +416,7 @@ def hopper_backward(dout, dlse, q, k, v, out, lse, scale):
     stats, dq_sum = prepare(dout, dlse, out, lse, block_q)
     q, k, v, dout = (tma_readable(x) for x in (q, k, v, dout))
     row = _tuning.HOPPER_BACKWARD[block_d]
-    num_blocks = triton.cdiv(Tk, BLOCK_K)
+    num_blocks = cdiv(Tk, BLOCK_K)
     _runtime.launch(
         hopper_backward_kernel, (num_blocks * B * Hkv,),
         descriptor(q, block_q), descriptor(k, rows), descriptor(v, rows), descriptor(dout, block_q),
@@ -440,7 +441,7 @@ def prepare(dout, dlse, out, lse, block_q):
     zeros, in fp32."""
     B, H, Tq, D = out.shape
     rows, block_d = ROWS.value, padded_head_dim(D)
-    num_blocks = triton.cdiv(Tq, block_q) * (block_q // rows)
+    num_blocks = cdiv(Tq, block_q) * (block_q // rows)
     stats = out.new_empty((B, H, num_blocks, 2 * rows), dtype=torch.float32)
     dq_sum = out.new_empty((B, H, num_blocks * (block_d // 64) * 16, 256), dtype=torch.float32)
     _runtime.launch(

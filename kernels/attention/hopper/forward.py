@@ -19,7 +19,6 @@ a tensor as zeros and does not write them; the mask hides their scores. fp32: sc
 """
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -31,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels import _runtime, _tuning
+from kernels._runtime import cdiv
 from kernels.attention.hopper.ring import (
     CONSUMER_REGISTERS,
     CONSUMERS,
@@ -273,7 +273,7 @@ def hopper_forward(q, k, v, scale):
     q, k, v = tma_readable(q), tma_readable(k), tma_readable(v)
     block_k, stages, turns = _tuning.HOPPER[padded_head_dim(D)]
     block_q = ROWS.value * CONSUMERS.value
-    num_blocks = triton.cdiv(Tq, block_q)
+    num_blocks = cdiv(Tq, block_q)
     _runtime.launch(
         hopper_forward_kernel, (min(num_blocks * B * H, _runtime.multiprocessors(q.device)),),
         descriptor(q, ROWS.value), descriptor(k, block_k), descriptor(v, block_k),
