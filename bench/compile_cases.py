@@ -203,6 +203,9 @@ def decode_cases():
             expects = {} if dtype == "fp32" else {"decode_kernel": ("mma", "tma_load")}
             call = partial(launch, prepare_decode, DTYPES[dtype], head_dim)
             found.append(Case(f"decode-{dtype}-d{head_dim}-plain", call, expects, core=dtype != "fp16"))
+        for head_dim in (128, 256):  # 64 rows: the most registers and shared memory
+            call = partial(launch, prepare_decode, DTYPES[dtype], head_dim, queries=5, kv_heads=1)
+            found.append(Case(f"decode-{dtype}-d{head_dim}-rows", call, core=dtype != "fp16"))
     for feature, arguments in {
         "window": {"window": 256},
         "gqa": {"kv_heads": 3},

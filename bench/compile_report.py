@@ -30,7 +30,7 @@ from bench import command, compile_cases, compiled, environment, sass, table
 from gptlib.errors import UserError
 from gptlib.flags import positive_int
 
-ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
 COLUMNS = [
     *("arch", "case", "kernel", "types", "config", "num_warps", "num_stages", "maxnreg"),
     *("registers", "spill_bytes", "shared", "programs_per_sm"),

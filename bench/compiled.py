@@ -49,18 +49,20 @@ LIMITS = {
     "sm_86": Limits(16384, 48, 16, 100 << 10, 99 << 10),
     "sm_90": Limits(16384, 64, 32, 228 << 10, 227 << 10),
     "sm_100": Limits(16384, 64, 32, 228 << 10, 227 << 10, tensor_memory=512),
+    "sm_120": Limits(16384, 48, 24, 100 << 10, 99 << 10),
     "gfx942": Limits(512, 32, 32, 64 << 10, 64 << 10, reserved=0),
 }
 TENSOR_OPS = ("HMMA", "HGMMA", "UTCHMMA", "MFMA")  # mma.sync, wgmma, tcgen05, AMD's
 INSTRUCTIONS = (*TENSOR_OPS, "UTMALDG", "UTMASTG", "MUFU", "LDG.128", "USETMAXREG")  # counted in every kernel
+_MMA = {arch: "HMMA" if arch.startswith("sm_") else "MFMA" for arch in LIMITS}
 # What a case may expect of its kernels' code (see compile_cases), in each architecture's words if it has one.
 SPELLINGS = {
-    "tensor": {"sm_80": "HMMA", "sm_86": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"},
-    "mma": {"sm_80": "HMMA", "sm_86": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "MFMA"},
+    "tensor": _MMA | {"sm_90": "HGMMA", "sm_100": "UTCHMMA"},
+    "mma": _MMA,
     "tma_load": {"sm_90": "UTMALDG", "sm_100": "UTMALDG"},
     "tma_store": {"sm_90": "UTMASTG", "sm_100": "UTMASTG"},
     "setmaxnreg": {"sm_90": "USETMAXREG"},
-    "wide_load": dict.fromkeys(("sm_80", "sm_86", "sm_90", "sm_100"), "LDG.128"),
+    "wide_load": {arch: "LDG.128" for arch in LIMITS if arch.startswith("sm_")},
 }
 
 

@@ -176,6 +176,12 @@ def check_device(op, name, device):
         )
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"{op}: {name} is on {device}; cuda (or cpu, through Triton's interpreter) is supported")
+    if device.type == "cuda" and INTERPRETED:
+        warnings.warn(
+            "the kernels run in Triton's interpreter, slowly: TRITON_INTERPRET is set, by hand or by a process that "
+            "saw no GPU and started this one; unset it",
+            stacklevel=4,
+        )
     if device.type == "cuda" and not INTERPRETED and (found := _gpu(device)[0]).startswith("sm_"):
         capability = int(found.removeprefix("sm_"))
         if capability < 80:

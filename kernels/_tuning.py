@@ -14,8 +14,8 @@ def table_arch(arch, tables):
     if arch.startswith("gfx"):
         return "gfx942"
     capability = int(arch.removeprefix("sm_"))
-    if capability in (86, 87, 89) or capability >= 120:
-        return "sm_86"  # about 100 KB of shared memory a program, against 164 KB and more
+    if capability in (86, 87, 89) or capability >= 120:  # about 100 KB of shared memory, against 164 KB and more
+        return "sm_120" if capability >= 120 and "sm_120" in tables else "sm_86"
     return "sm_80" if capability < 90 else "sm_90" if capability < 100 else "sm_100"
 
 
@@ -44,7 +44,7 @@ def attention_tile(kernel, arch, head_dim, dtype_bytes, dropout=False, descripto
     tables = ATTENTION[f"{kernel} with dropout" if dropout else kernel]
     key = table_arch(arch, tables)
     if dtype_bytes == 4:
-        key = "tf32" if tf32 and "tf32" in tables and key != "sm_86" else "fp32"
+        key = "tf32" if tf32 and "tf32" in tables and key not in ("sm_86", "sm_120") else "fp32"
     row = tables["pointers" if tables[key][0].use_tma and not descriptors else key]
     column = next(i for i, longest in enumerate(HEAD_DIMS) if head_dim <= longest)
     odd = None if descriptors or dropout else ODD_STRIDES.get((kernel, key, HEAD_DIMS[column]))
@@ -78,6 +78,7 @@ ATTENTION = {
         "tf32": _pointers((128, 32, 8, 1), (128, 32, 8, 2), (16, 32, 8, 1, "one")),
         "sm_80": _pointers((128, 64, 4, 3, "one"), (128, 32, 8, 3, "overlap"), (64, 32, 4, 2, "one")),
         "sm_86": _pointers((128, 64, 4, 3, "one"), (128, 32, 8, 3, "overlap"), (64, 32, 8, 2)),
+        "sm_120": _pointers((128, 32, 4, 3, "one"), (128, 32, 8, 3, "overlap"), (64, 32, 8, 2)),
         "sm_90": _tma((128, 64, 4, 3), (128, 64, 8, 2, "overlap", 255), (128, 32, 8, 2, "overlap", 255)),
         "pointers": _pointers((128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2)),
         "sm_100": _tma((128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
@@ -136,7 +137,7 @@ ATTENTION = {
     "decode": {
         "fp32": _pointers((16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
         "sm_80": _pointers((16, 128, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
-        "sm_86": _pointers((16, 128, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)),
+        "sm_86": _pointers((16, 64, 4, 3), (16, 32, 4, 3), (16, 32, 4, 2)),
         "sm_90": _tma((16, 128, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)),
         "pointers": _pointers((16, 128, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
         "sm_100": _tma((16, 128, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)),
@@ -152,6 +153,7 @@ ODD_STRIDES = {
     ("dq", "sm_80", 128): Tile(128, 16, 8, 2),
     ("forward", "sm_86", 64): Tile(128, 64, 8, 3),
     ("forward", "sm_86", 128): Tile(64, 32, 4, 3, "one"),
+    ("forward", "sm_120", 128): Tile(64, 32, 4, 3, "one"),
     ("dkdv", "sm_86", 128): Tile(16, 128, 8, 1, "one"),
     ("dq", "sm_86", 128): Tile(128, 16, 8, 2),
     ("dq", "sm_100", 128): Tile(128, 32, 8, 2, "one"),

@@ -258,13 +258,13 @@ def norm_backward_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # on the axis that has room for any number of them
     if weight_ptr is not None:  # a whole tile of it: it then has the layout of the others, and stays in registers
         w = load_columns(weight_ptr + tl.zeros((ROWS, 1), tl.int32), cols, n_cols, ALIGN)
     dweight = tl.zeros((ROWS, BLOCK_N), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK_N), tl.float32)
     # STAGES - 1 tiles are on their way through shared memory while one is worked on.
-    for tile in tl.range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+    for tile in tl.range(tl.program_id(1), tl.cdiv(n_rows, ROWS), tl.num_programs(1), num_stages=STAGES):
         rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         lengths = tl.where(rows < n_rows, n_cols, 0)
         dy = load_tile(dy_ptr, rows, stride_dy, cols, lengths, ALIGN, "")
@@ -292,7 +292,7 @@ def norm_backward_kernel(
         if dh_out_ptr is not None:
             dh += load_tile(dh_out_ptr, rows, stride_dh, cols, lengths, ALIGN, "")
         store_tile(dh_ptr, dh, rows, n_cols, cols, lengths, ALIGN)
-    partial = tl.program_id(0).to(tl.int64) * n_cols + cols
+    partial = tl.program_id(1).to(tl.int64) * n_cols + cols
     if dweight_ptr is not None:
         tl.store(dweight_ptr + partial, tl.sum(dweight, axis=0), mask=cols < n_cols)
     if dbias_ptr is not None:
@@ -352,7 +352,7 @@ def norm_backward(dy, dh_out, h, stats, weight, rms, dweight_dtype, dbias_dtype)
     means = None if tile.holds_row else _row_means(grads[0], grads[2], weight, stats, rms, tile)
     launch(
         norm_backward_kernel,
-        (programs, column_blocks),
+        (column_blocks, programs),
         *(*grads, weight, stats, means, dh, *partials, *_row_strides(grads), n_rows, n_cols),
         num_warps=tile.num_warps,
         RMS=rms,

@@ -204,6 +204,21 @@ def test_splitting_the_keys_changes_nothing_but_the_order(num_spans, window, dev
     torch.testing.assert_close(split_lse, lse, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("D, dtype, tiles", [(40, fp32, 3), (136, bf16, 2), (40, bf16, 1)])
+def test_more_rows_than_a_tile_of_decoding(D, dtype, tiles, device):
+    from kernels._runtime import cdiv
+    from kernels.attention.decode import attention_decode, rows_per_tile
+    from kernels.attention.forward import attention_forward
+
+    q, k, v = (x.to(dtype) for x in _inputs(device, H=12, T=600, D=D))
+    q, k, v = q[:, :, -7:], k[:, ::6], v[:, ::6]  # 42 rows: 6 heads of 7 queries
+    assert cdiv(42, rows_per_tile(42, D, dtype)) == tiles
+    whole, lse = attention_forward(q, k, v, 0.2)
+    split, split_lse = attention_decode(q, k, v, 0.2, num_spans=2)
+    torch.testing.assert_close(split.float(), whole.float(), atol=1e-6 if dtype == fp32 else 0.01, rtol=0.01)
+    torch.testing.assert_close(split_lse, lse, atol=1e-5, rtol=1e-6)
+
+
 def test_empty_batch(device):
     q, k, v = (torch.empty(0, 2, 5, 16, device=device, requires_grad=True) for _ in range(3))
     out = kernels.causal_attention(q, k, v)
@@ -220,6 +235,20 @@ def test_offsets_beyond_31_bits(device):
     q.normal_()
     out = kernels.causal_attention(q, q, q)
     torch.testing.assert_close(out, reference.causal_attention(q, q, q), atol=2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("heads, layout", [(128, "BTHD"), (132_200, "BHTD")])
+def test_rows_of_very_many_heads_stay_within_31_bits(heads, layout):
+    """128 rows of (1, 132200, 128, 128), heads innermost, span more than 2^31 elements: 4 GB in bf16."""
+    from kernels.attention.tiles import empty_heads, readable
+
+    out = empty_heads(1, heads, 128, 128, like=torch.empty(0, device="meta", dtype=bf16))
+    assert out.shape == (1, heads, 128, 128)
+    assert (
+        out.stride()
+        == {"BTHD": (128 * heads * 128, 128, heads * 128, 1), "BHTD": (heads * 128**2, 128**2, 128, 1)}[layout]
+    )
+    assert readable(out) is out
 
 
 @pytest.mark.gpu

@@ -274,6 +274,17 @@ def test_autocast_writes_its_dtype(device):
     assert all(t.grad.dtype == torch.float32 for t in tensors)
 
 
+def test_rows_of_any_length_fit_the_grid():
+    """Only the first of a grid's axes takes more than 65,535 programs."""
+    grids = []
+    x = torch.empty(2, 2**27 + 8, device="meta", dtype=torch.bfloat16)
+    with record_launches("sm_90", lambda kernel, grid, *_: grids.append(grid)):
+        y, _, stats = norm_forward(x, None, None, None, 1e-5, False, x.dtype)
+        norm_backward(y, None, x, stats, None, False, torch.float32, torch.float32)
+    assert len(grids) == 4 and max(grid[0] for grid in grids) > 65_535
+    assert all(size <= 65_535 for grid in grids for size in grid[1:])
+
+
 # ---- bytes -----------------------------------------------------------------------------------------------------------
 
 

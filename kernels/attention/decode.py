@@ -1,9 +1,9 @@
 """Causal attention for few queries against many keys, as when decoding: the keys are split over programs.
 
 One query row would keep one program a head busy, a handful of multiprocessors on a GPU of a hundred. Here the queries
-of all heads that share a key head form one tile (GROUP * Tq rows), every program takes it through one span of the
-keys, and a second kernel merges the spans' results as the online softmax merges blocks (Dao et al., "Flash-Decoding",
-2023): with lse = log-sum-exp over the spans' lse_n,
+of all heads that share a key head form one tile (GROUP * Tq rows; more tiles where that would be too many for the
+registers), every program takes one through one span of the keys, and a second kernel merges the spans' results as the
+online softmax merges blocks (Dao et al., "Flash-Decoding", 2023): with lse = log-sum-exp over the spans' lse_n,
 
     out = sum_n exp(lse_n - lse) out_n
 
@@ -30,6 +30,7 @@ from kernels.attention.tiles import (
 )
 
 MAX_ROWS = 64  # GROUP * Tq: more queries than this fill the general kernel's tiles
+MAX_ROWS_OF_WIDE_HEADS, MAX_ROWS_FP32 = 32, 16  # to a tile, D > 128 and fp32: with more it spills
 MAX_SPANS = 128
 MIN_SPAN = 256  # keys: a shorter span does not pay for its merge
 
@@ -44,10 +45,11 @@ def decode_kernel(
 ):  # fmt: skip
     """Rows (g, i) of one key head against the keys of one span -> out (B, H, spans, Tq, D), lse (B, H, spans, Tq)."""
     pid = tl.program_id(0)
-    n, bh_kv = pid % num_spans, pid // num_spans
-    b, h_kv = bh_kv // Hkv, bh_kv % Hkv
     group = H // Hkv
-    rows = tl.arange(0, ROWS)
+    tiles = tl.cdiv(group * Tq, ROWS)
+    n, tile, bh_kv = pid % num_spans, pid // num_spans % tiles, pid // num_spans // tiles
+    b, h_kv = bh_kv // Hkv, bh_kv % Hkv
+    rows = tile * ROWS + tl.arange(0, ROWS)
     i, h = rows % Tq, h_kv * group + rows // Tq
     exists = rows < group * Tq
     offs_d = tl.arange(0, BLOCK_D)
@@ -109,6 +111,12 @@ def num_spans_for(q, k):
     return max(1, min(wanted, k.shape[2] // MIN_SPAN, MAX_SPANS))
 
 
+def rows_per_tile(rows, head_dim, dtype):
+    """ROWS: a power of two, 16 at least (the tensor cores' M)."""
+    most = MAX_ROWS_FP32 if dtype == torch.float32 else MAX_ROWS_OF_WIDE_HEADS if head_dim > 128 else MAX_ROWS
+    return min(most, max(16, next_power_of_2(rows)))
+
+
 def applies(q, k, dropout_p, cu_seqlens):
     """Whether a split over keys serves this call: few rows, long keys, too few heads to fill the GPU."""
     rows = q.shape[2] * (q.shape[1] // k.shape[1])
@@ -121,13 +129,13 @@ def attention_decode(q, k, v, scale, window=0, num_spans=None):
     Hkv, Tk = k.shape[1], k.shape[2]
     tile, sources = plan("decode", (k, v), "kk")
     block_d = padded_head_dim(D)
-    rows = max(16, next_power_of_2(H // Hkv * Tq))
+    rows = rows_per_tile(H // Hkv * Tq, D, q.dtype)
     span = cdiv(cdiv(Tk, num_spans or num_spans_for(q, k)), tile.block_k) * tile.block_k
     num_spans = cdiv(Tk, span)
     partial_out = torch.empty((B, H, num_spans, Tq, D), dtype=torch.float32, device=q.device)
     partial_lse = torch.empty((B, H, num_spans, Tq), dtype=torch.float32, device=q.device)
     _runtime.launch(
-        decode_kernel, (B * Hkv * num_spans,),
+        decode_kernel, (B * Hkv * cdiv(H // Hkv * Tq, rows) * num_spans,),
         q, *sources, partial_out, partial_lse, *strides(q), *strides(k), *strides(v),
         H, Hkv, Tq, Tk, span, num_spans, window, scale * LOG2_E,
         HEAD_DIM=D, ROWS=rows, BLOCK_K=tile.block_k, BLOCK_D=block_d, USE_TMA=tile.use_tma,
