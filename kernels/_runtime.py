@@ -218,7 +218,7 @@ def register_op(name, schema, run, fake, setup_context=None, backward=None):
 
     Registered piece by piece, not by torch.library.custom_op: its checks on every call take longer than a small kernel.
     """
-    _library.define(name + schema)
+    _library.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
     op = getattr(torch.ops.kernels, name).default
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kernels::{name}", fake, lib=_library)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels.attention import hopper
@@ -75,3 +76,37 @@ def test_torch_func_is_refused(op, x):
 def test_what_is_no_tensor_is_refused_by_name(name, call, x):
     with pytest.raises(ValueError, match=f"{name} must be a tensor, got (NoneType|float)"):
         call(x)
+
+
+def test_operators_may_be_traced_by_torch_compile():
+    """Without the tag a compiled region that is checkpointed draws other masks than the same region without."""
+    assert all(callable(getattr(kernels, name)) for name in OPS)  # imported on first use, and registered then
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("kernels::")]
+    assert len(names) >= 10
+    for name in names:
+        assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.kernels, name.removeprefix("kernels::")).default.tags
+
+
+@pytest.mark.deep
+def test_backward_draws_the_forwards_mask_however_it_is_run(device):
+    """out is linear in v, so that <out, dout> = <v, dv> if both passes drop the same weights."""
+
+    def attend(*tensors):
+        return kernels.causal_attention(*tensors, dropout_p=0.4)
+
+    def checkpointed(*tensors):
+        return checkpoint(attend, *tensors, use_reentrant=False)
+
+    outs = {}
+    for name, call in {"eager": attend, "checkpointed": checkpointed}.items():
+        for compiled in (False, True):
+            run = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+            torch.manual_seed(0)
+            q, k, v = (torch.randn(1, 2, 40, 16, device=device, requires_grad=True) for _ in range(3))
+            dout = torch.randn(1, 2, 40, 16, device=device)
+            torch.manual_seed(5)
+            outs[name, compiled] = out = run(q, k, v)
+            (dv,) = torch.autograd.grad(out, v, dout)
+            torch.testing.assert_close((out * dout).sum(), (v * dv).sum(), rtol=1e-4, atol=1e-4)
+    for out in outs.values():
+        torch.testing.assert_close(out, outs["eager", False])
