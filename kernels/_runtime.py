@@ -217,10 +217,12 @@ def register_op(name, schema, run, fake, setup_context=None, backward=None):
     again raises NotImplementedError. vmap raises too; both would otherwise fail deep inside with no reason given.
 
     Registered piece by piece, not by torch.library.custom_op: its checks on every call take longer than a small kernel.
+    Two things that it does are needed: the tag, and hiding what runs inside from Dynamo, which else would trace an
+    operator called by a frame that it gave up.
     """
     _library.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
     op = getattr(torch.ops.kernels, name).default
-    _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.impl(name, torch._disable_dynamo(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"kernels::{name}", fake, lib=_library)
 
     def forward(ctx, *args):
@@ -242,7 +244,7 @@ def register_op(name, schema, run, fake, setup_context=None, backward=None):
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    _library.impl(name, differentiable, "Autograd")
+    _library.impl(name, torch._disable_dynamo(differentiable), "Autograd")
 
     def refuse_vmap(info, in_dims, *args):
         raise NotImplementedError(f"kernels.{name} does not support vmap; fold the mapped dimension into the batch")

@@ -157,6 +157,12 @@ def test_the_cpu_is_refused_where_kernels_are_compiled(monkeypatch):
         kernels.causal_attention(*_inputs("cpu"))
 
 
+def test_interpreting_on_a_gpu_is_said(monkeypatch):
+    monkeypatch.setattr(_runtime, "INTERPRETED", True)
+    with pytest.warns(UserWarning, match="interpreter, slowly: TRITON_INTERPRET is set"):
+        _runtime.check_device("causal_attention", "q", torch.device("cuda"))
+
+
 def test_old_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(_runtime, "INTERPRETED", False)
     monkeypatch.setattr(_runtime, "_gpu", lambda device: ("sm_75", 40))

@@ -110,3 +110,25 @@ def test_backward_draws_the_forwards_mask_however_it_is_run(device):
             torch.testing.assert_close((out * dout).sum(), (v * dv).sum(), rtol=1e-4, atol=1e-4)
     for out in outs.values():
         torch.testing.assert_close(out, outs["eager", False])
+
+
+@every_op
+def test_dynamo_sees_no_frame_inside_an_operator(op, x):
+    """A frame that torch.compile gave up runs as it is, with Dynamo looking at every Python function it calls."""
+    import torch._dynamo
+    from torch._C._dynamo.eval_frame import set_eval_frame
+    from torch._dynamo.types import ConvertFrameReturn
+
+    OPS[op](x.requires_grad_())  # compiled or interpreted once
+    seen = set()
+
+    def look(frame, *_):
+        seen.add(frame.f_code.co_name)
+        return ConvertFrameReturn()
+
+    before = set_eval_frame(look)
+    try:
+        OPS[op](x).sum().backward()
+    finally:
+        set_eval_frame(before)
+    assert seen and not seen & {"differentiable", "forward", "launch", "arch", "row_tile", "plan", "cdiv", "empty_rows"}
