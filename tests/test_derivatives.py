@@ -115,7 +115,6 @@ def test_backward_draws_the_forwards_mask_however_it_is_run(device):
 @every_op
 def test_dynamo_sees_no_frame_inside_an_operator(op, x):
     """A frame that torch.compile gave up runs as it is, with Dynamo looking at every Python function it calls."""
-    import torch._dynamo
     from torch._C._dynamo.eval_frame import set_eval_frame
     from torch._dynamo.types import ConvertFrameReturn
 
