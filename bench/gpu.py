@@ -114,7 +114,7 @@ def plan(device_name, out, commit=None):
             bench("linear_cross_entropy", loss, "--tokens 40 --classes 64 --providers reference,torch --budget 0.01"),
         ),
         Step("cross_entropy", 0.4, bench("cross_entropy", classes, one)),
-        Step("host", 0.2, bench("host", "", "--op softmax --calls 20")),
+        Step("host", 0.3, bench("host", "--calls 100", "--op softmax --calls 20")),
         Step("train-compiled", 1.5, bench("train", f"{train} {kinds} --compile", f"{tiny} --compile")),
         Step("tests-deep", 2.0, (*tests, "-m", "device and deep")),
         Step("memcheck", 0.7, (python, "bench/memcheck.py", "--device", device)),
