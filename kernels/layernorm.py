@@ -40,19 +40,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import _tuning
+from kernels import _runtime, _tuning
 from kernels._rows import alignment, as_rows, empty_rows, load_tile, store_tile, sum_partials
-from kernels._runtime import (
-    TL_DTYPES,
-    arch,
-    autocast_dtype,
-    cast,
-    cdiv,
-    check_tensors,
-    launch,
-    multiprocessors,
-    register_op,
-)
+from kernels._runtime import TL_DTYPES, arch, autocast_dtype, cast, cdiv, check_tensors, launch
 
 
 @triton.jit
@@ -343,7 +333,7 @@ def norm_backward(dy, dh_out, h, stats, weight, rms, dweight_dtype, dbias_dtype)
     key = arch(h.device)
     tile = _tuning.row_tile(key, "norm_backward", n_cols)
     column_blocks = cdiv(n_cols, tile.block_n)
-    programs = cdiv(multiprocessors(h.device) * _tuning.persistent_programs(tile), column_blocks)
+    programs = cdiv(_runtime.multiprocessors(h.device) * _tuning.persistent_programs(tile), column_blocks)
     programs = min(programs, cdiv(n_rows, tile.rows))
     partials = [
         None if dtype is None else h.new_empty((programs, n_cols), dtype=torch.float32)
@@ -432,14 +422,14 @@ def _backward(ctx, dy, dh_out, _):
     return dx, dresidual, dweight if needs[2] else None, dbias if needs[3] else None, None, None, None
 
 
-_norm_backward = register_op(
+_norm_backward = _runtime.register_op(
     "norm_backward",
     "(Tensor dy, Tensor? dh_out, Tensor h, Tensor stats, Tensor? weight, bool rms, ScalarType? dweight_dtype, "
     "ScalarType? dbias_dtype) -> (Tensor, Tensor, Tensor)",
     norm_backward,
     _backward_fake,
 )
-_norm = register_op(
+_norm = _runtime.register_op(
     "norm",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms, ScalarType dtype) -> "
     "(Tensor, Tensor, Tensor)",
