@@ -19,7 +19,7 @@ from bench.arguments import Parser, run
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 ROW_BENCHES = ("softmax", "layernorm", "cross_entropy")
-BENCHES = ("attention", *ROW_BENCHES, "linear_cross_entropy", "train", "train-compiled", "curves")
+BENCHES = ("attention", *ROW_BENCHES, "linear_cross_entropy", "train", "train-compiled", "curves", "host")
 ALSO = ("batch", "dropout")  # columns that tell shapes apart only in some runs
 SHAPES = {
     "attention": ("head_dim", "seq", "mode"),
@@ -142,6 +142,21 @@ def train_table(result):
     return markdown([*header, "of ceiling", "peak MiB"], lines)
 
 
+def host_table(result):
+    """Microseconds at the median: a line per op and mode, a column per provider."""
+    names = list(dict.fromkeys(row["provider"] for row in result.rows))
+    lines = {}
+    for row in result.rows:
+        lines.setdefault((row["op"], row["mode"]), {})[row["provider"]] = f"{row['p50_us']:.0f}"
+    return markdown(["op", "mode", *names], [[*key, *(line.get(n, "-") for n in names)] for key, line in lines.items()])
+
+
+def host_words(result):
+    """What the table of host times holds."""
+    notes = {f"{row['provider']} {row['note']}" for row in result.rows if row["note"]}
+    return f"Microseconds at the median before the GPU can begin{''.join(f'; {n}' for n in sorted(notes))}."
+
+
 def curves_table(result):
     """A line per contestant, then the two seeds of the reference: what a contestant must not exceed."""
     seed, other = result.facts["seeds"]
@@ -196,7 +211,10 @@ def ceilings(result):
 
 def section(result, link):
     """One bench of results/README.md. `link(name)` is the path of a picture as seen from there."""
-    titles = {"train": "Training steps", "train-compiled": "Training steps, compiled", "curves": "Loss curves"}
+    titles = {
+        "train": "Training steps", "train-compiled": "Training steps, compiled", "curves": "Loss curves",
+        "host": "Host time of a call",
+    }  # fmt: skip
     title = titles.get(result.bench, result.bench.replace("_", " ").capitalize())
     lines = [f"### {title}{f', {result.label}' * bool(result.label)}", "", provenance(result), ""]
     if result.bench in SHAPES:
@@ -207,6 +225,8 @@ def section(result, link):
         lines += [speed_table(result, "peak_mib", lowest=True)]
     elif result.bench == "curves":
         lines += [curves_words(result), "", curves_table(result)] if result.judged else []
+    elif result.bench == "host":
+        lines += [host_words(result), "", host_table(result)]
     else:
         lines += [f"MFU = {result.facts['mfu_formula']}. {ceilings(result)}.", "", train_table(result)]
     lines += causes(result)
