@@ -148,8 +148,7 @@ def next_power_of_2(n):
 
 
 def check_tensors(op, **tensors):
-    """ValueError unless all are floating tensors on one device, and that device can run; NotImplementedError for
-    forward-mode differentiation, in which an opaque operator would silently have no tangent."""
+    """ValueError unless all are floating tensors on one device, and that device can run."""
     first_name, first = next(iter(tensors.items()))
     for name, t in tensors.items():
         if not isinstance(t, torch.Tensor):
@@ -158,11 +157,8 @@ def check_tensors(op, **tensors):
             raise ValueError(f"{op}: {name} has dtype {t.dtype}; float32, float16 and bfloat16 are supported")
         if t.device != first.device:
             raise ValueError(f"{op}: {name} is on {t.device} but {first_name} is on {first.device}; use one device")
-    if torch.compiler.is_compiling():
-        return
-    check_device(op, first_name, first.device)
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors.values()):
-        raise NotImplementedError(f"{op}: no forward-mode derivatives (jvp); use backward, or the reference")
+    if not torch.compiler.is_compiling():
+        check_device(op, first_name, first.device)
 
 
 def check_device(op, name, device):
@@ -206,7 +202,15 @@ def unit_inner_stride(x):
 # ---- registration ----------------------------------------------------------------------------------------------------
 
 
-_library = torch.library.Library("kernels", "FRAGMENT")  # lives as long as the module: the operators go with it
+_libraries = {}  # operator -> its own library, which it lives as long as
+
+
+def _library_of(name):
+    """A new library for an operator; one of before, of a module that is being reloaded, is given up."""
+    if name in _libraries:
+        _libraries[name]._destroy()
+    _libraries[name] = torch.library.Library("kernels", "FRAGMENT")
+    return _libraries[name]
 
 
 def register_op(name, schema, run, fake, setup_context=None, backward=None):
@@ -214,16 +218,18 @@ def register_op(name, schema, run, fake, setup_context=None, backward=None):
 
     One opaque operator serves GPU and interpreter alike, so that what the tests prove on a CPU is what a GPU runs, and
     torch.compile never looks inside. `backward=None` marks an operator that is itself a backward: differentiating it
-    again raises NotImplementedError. vmap raises too; both would otherwise fail deep inside with no reason given.
+    again raises NotImplementedError. So do vmap, which would otherwise fail deep inside with no reason given, and
+    forward-mode derivatives, in which an opaque operator would silently have no tangent.
 
     Registered piece by piece, not by torch.library.custom_op: its checks on every call take longer than a small kernel.
     Two things that it does are needed: the tag, and hiding what runs inside from Dynamo, which else would trace an
     operator called by a frame that it gave up.
     """
-    _library.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
+    library = _library_of(name)
+    library.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
     op = getattr(torch.ops.kernels, name).default
-    _library.impl(name, torch._disable_dynamo(run), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"kernels::{name}", fake, lib=_library)
+    library.impl(name, torch._disable_dynamo(run), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kernels::{name}", fake, lib=library)
 
     def forward(ctx, *args):
         with torch._C._AutoDispatchBelowAutograd():
@@ -239,17 +245,20 @@ def register_op(name, schema, run, fake, setup_context=None, backward=None):
     function = type(f"kernels.{name}", (torch.autograd.Function,), methods)
 
     def differentiable(*args):
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise NotImplementedError(f"kernels.{name} has no forward-mode derivatives (jvp); use the reference")
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    _library.impl(name, torch._disable_dynamo(differentiable), "Autograd")
+    library.impl(name, torch._disable_dynamo(differentiable), "Autograd")
 
     def refuse_vmap(info, in_dims, *args):
         raise NotImplementedError(f"kernels.{name} does not support vmap; fold the mapped dimension into the batch")
 
-    torch.library.register_vmap(f"kernels::{name}", refuse_vmap, lib=_library)
+    torch.library.register_vmap(f"kernels::{name}", refuse_vmap, lib=library)
     return op
 
 

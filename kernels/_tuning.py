@@ -38,7 +38,7 @@ def attention_tile(kernel, arch, head_dim, dtype_bytes, dropout=False, descripto
     """Tile of `kernel` ("forward", "dkdv", "dq", "decode") for a head dimension of 8 to 256 in 2- or 4-byte floats.
     Without `descriptors`, for strides no tensor map or 16-byte load can take, architectures that use them have rows
     of their own: pointers need registers that the others have spent. fp32 has one row for all architectures, and one
-    with `tf32` products, which asks for more shared memory than sm_86 has."""
+    with `tf32` products, which asks for more shared memory than sm_86 and sm_120 have."""
     if arch == "interpret":
         return INTERPRET._replace(use_tma=descriptors)
     tables = ATTENTION[f"{kernel} with dropout" if dropout else kernel]

@@ -358,6 +358,7 @@ def cross_entropy(logits, targets, *, ignore_index=-100, reduction="mean"):
 
     Raises:
         ValueError: an argument outside of the above (named, with its value), or tensors where the kernels cannot run.
+        NotImplementedError: second derivatives, forward-mode derivatives, vmap.
     """
     op = "cross_entropy"
     check_tensors(op, logits=logits)

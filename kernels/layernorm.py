@@ -456,6 +456,7 @@ def layer_norm(x, weight, bias, eps=1e-5):
 
     Raises:
         ValueError: wrong types, dtypes, shapes or devices, or tensors where the kernels cannot run.
+        NotImplementedError: second derivatives, forward-mode derivatives, vmap.
     """
     _check("layer_norm", eps, x, weight, bias)
     return _norm(x, None, weight, bias, float(eps), False, autocast_dtype(x) or x.dtype)[0]
@@ -474,7 +475,7 @@ def add_layer_norm(x, residual, weight, bias, eps=1e-5):
         sum: (..., N), contiguous, in the promoted dtype of x and residual. Gradients of both outputs are followed.
 
     Raises:
-        ValueError: as for layer_norm.
+        ValueError, NotImplementedError: as for layer_norm.
     """
     _check("add_layer_norm", eps, x, weight, bias, residual=residual)
     dtype = autocast_dtype(x) or _sum_dtype(x, residual)
@@ -493,7 +494,7 @@ def rms_norm(x, weight, eps=1e-6):
         (..., N), contiguous, in x's dtype (under autocast, in the autocast dtype); computed in fp32.
 
     Raises:
-        ValueError: as for layer_norm.
+        ValueError, NotImplementedError: as for layer_norm.
     """
     _check("rms_norm", eps, x, weight)
     return _norm(x, None, weight, None, float(eps), True, autocast_dtype(x) or x.dtype)[0]

@@ -266,6 +266,7 @@ def softmax(x):
 
     Raises:
         ValueError: x is no tensor, has another dtype, has no dimension, or is where the kernels cannot run.
+        NotImplementedError: second derivatives, forward-mode derivatives, vmap.
     """
     check_tensors("softmax", x=x)
     if x.dim() < 1:
@@ -287,6 +288,7 @@ def causal_softmax(scores, scale):
     Raises:
         ValueError: scores is no tensor, has another dtype, has fewer than two dimensions or more queries than keys, or
             is where the kernels cannot run; scale is not a positive finite number.
+        NotImplementedError: second derivatives, forward-mode derivatives, vmap.
     """
     check_tensors("causal_softmax", scores=scores)
     if scores.dim() < 2:

@@ -15,6 +15,7 @@ def test_every_public_kernel_is_measured():
 def test_rows_of_all_modes_with_no_kernel_run(tmp_path, monkeypatch, capsys):
     if _runtime.INTERPRETED:
         monkeypatch.setattr(_runtime.interpreter.InterpretedFunction, "__call__", lambda *_: pytest.fail("launched"))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # it would last
     flags = "--device cpu --calls 3 --op softmax,layer_norm --providers torch,triton --out"
     host.main([*flags.split(), str(tmp_path)])
     rows = table.read_csv(tmp_path / "host.csv")

@@ -43,7 +43,8 @@ def decode_kernel(
     HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr,
     HAS_WINDOW: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows (g, i) of one key head against the keys of one span -> out (B, H, spans, Tq, D), lse (B, H, spans, Tq)."""
+    """A tile of rows (g, i) of one key head against the keys of one span -> out (B, H, spans, Tq, D), lse (B, H, spans,
+    Tq)."""
     pid = tl.program_id(0)
     group = H // Hkv
     tiles = tl.cdiv(group * Tq, ROWS)
@@ -107,7 +108,9 @@ def merge_kernel(
 
 def num_spans_for(q, k):
     """How many spans fill the GPU twice over, none shorter than MIN_SPAN."""
-    wanted = 2 * _runtime.multiprocessors(q.device) // max(1, k.shape[0] * k.shape[1])
+    rows = q.shape[2] * (q.shape[1] // k.shape[1])
+    tiles = cdiv(rows, rows_per_tile(rows, q.shape[3], q.dtype))
+    wanted = 2 * _runtime.multiprocessors(q.device) // max(1, k.shape[0] * k.shape[1] * tiles)
     return max(1, min(wanted, k.shape[2] // MIN_SPAN, MAX_SPANS))
 
 
