@@ -197,7 +197,9 @@ def check_generating(name, *, device, n_heads, head_dim, dtype=torch.float32):
 def _told_in_a_line(name, verb):
     try:
         yield
-    except (RuntimeError, ValueError, TypeError) as e:
+    except UserError:
+        raise
+    except Exception as e:  # whatever somebody's own function does
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise UserError(f"--attn {name} cannot {verb} here: {reason}; use another --attn, such as sdpa") from e
 
@@ -232,11 +234,11 @@ def _resolve(flag, name, known, signature, call):
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, SyntaxError) as e:
+    except (ImportError, AttributeError, SyntaxError, TypeError, ValueError) as e:
         raise UserError(f"--{flag} {name}: cannot be imported ({e}); it can be {accepted}") from e
     try:
         call(inspect.signature(function))
-    except TypeError as e:
+    except (TypeError, ValueError) as e:
         raise UserError(f"--{flag} {name}: cannot be called as {signature} ({e})") from e
     return function
 

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from gptlib.device import memory_for
 from gptlib.errors import UserError, writing
 from gptlib.model import GPTConfig, GPTModel
 
@@ -28,8 +29,11 @@ STATE_KEYS = {"step", "model", "tokenizer_hash", "data_fingerprint", "batches"}
 def save(run, model, optimizer, batches, corpus, step):
     """Write run/checkpoint: everything that the steps to come depend on.
 
-    UserError where that fails, as on a full disk; the checkpoint of before is then still there.
+    UserError where that fails, as on a full disk, or where the weights are not finite; the checkpoint of before is then
+    still there.
     """
+    if not all(torch.stack([p.isfinite().all() for p in model.parameters()])):
+        raise UserError(f"the weights are not finite at step {step}, and were not saved: training diverged; lower --lr")
     run = Path(run)
     partial, new, final = (run / f"checkpoint{suffix}" for suffix in (".partial", ".new", ""))
     state = {
@@ -110,7 +114,9 @@ def load_state(run):
 
 def load_model(run, *, attn, norm, loss="torch"):
     """The trained model on the CPU, computed by the named implementations."""
-    model = GPTModel(GPTConfig(**load_state(run)["model"]), attn=attn, norm=norm, loss=loss)
+    cfg = GPTConfig(**load_state(run)["model"])
+    with memory_for(cfg, f"{find(run) / 'state.json'} asks for it"):
+        model = GPTModel(cfg, attn=attn, norm=norm, loss=loss)
     load_weights(run, model)
     return model
 
@@ -119,6 +125,9 @@ def load_weights(run, model):
     """Fill the model with a run's weights; UserError if they are of another shape."""
     path = find(run) / "model.safetensors"
     tensors = _read(path)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{path} does not fit the model: {name} is {_kind(tensor)}; the checkpoint is damaged")
     if model.cfg.tie_weights and "tok_emb.weight" in tensors:
         tensors["out_head.weight"] = tensors["tok_emb.weight"]
     try:
@@ -177,7 +186,7 @@ def _check_shape(shape):
     if not isinstance(shape, dict) or shape.keys() != types.keys():
         raise ValueError(f"model must hold {', '.join(types)} and nothing else")
     for name, value in shape.items():
-        if type(value) not in types[name]:
+        if type(value) not in types[name] or not abs(value) < 2**63:
             raise ValueError(f"{name} of the model is {value!r}")
     GPTConfig(**shape)
 

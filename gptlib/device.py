@@ -19,7 +19,7 @@ def choose_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(name or "meta")
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
@@ -45,17 +45,14 @@ _NO_MEMORY = ("can't allocate memory", "size calculation overflowed")  # in torc
 
 
 @contextlib.contextmanager
-def memory_for(cfg):
+def memory_for(cfg, advice="make it smaller: --preset, --n-layers, --emb-dim, --context-length or --vocab-size"):
     """UserError where a model of this shape finds no memory."""
     try:
         yield
     except RuntimeError as e:
         if not (isinstance(e, torch.OutOfMemoryError) or any(words in str(e) for words in _NO_MEMORY)):
             raise
-        raise UserError(
-            f"out of memory for a model of {cfg.n_params:,} parameters; make it smaller: --preset, --n-layers, "
-            "--emb-dim, --context-length or --vocab-size"
-        ) from e
+        raise UserError(f"out of memory for a model of {cfg.n_params:,} parameters; {advice}") from e
 
 
 def autocast_for(device, dtype):

@@ -29,11 +29,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_status(command):
-    """What `command()` returns, 0 for None; 2 and one line on stderr for a user's mistake, 130 when interrupted, 141
-    when nobody reads its output any longer, as after `| head`."""
+    """What `command()` returns, 0 for None; 2 and one line on stderr for a user's mistake or a file that the system
+    refuses, 130 when interrupted, 141 when nobody reads its output any longer, as after `| head`."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a sample may hold what a terminal cannot show
     try:
         status = command() or 0
-        sys.stdout.flush()
+        print(end="", flush=True)
         return status
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -41,5 +43,15 @@ def exit_status(command):
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere when Python exits
+        _drop_output()
         return 141
+    except OSError as e:
+        print(f"error: {e.filename or 'the output'}: {e.strerror or e}", file=sys.stderr)
+        if e.filename is None:
+            _drop_output()
+        return 2
+
+
+def _drop_output():
+    """What is left in the buffer of stdout goes nowhere when Python exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

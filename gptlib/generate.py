@@ -82,6 +82,8 @@ def pick(logits, *, temperature=0.0, top_k=None, top_p=None, generator=None):
 
     top_k keeps the k likeliest tokens; top_p then keeps the smallest set of the likeliest with that much probability.
     """
+    if not logits.max().isfinite():
+        raise UserError("the model's scores are not finite: its weights are damaged, or its training diverged")
     if temperature == 0:
         return int(logits.argmax())
     scaled = (logits - logits.max()).double() / temperature  # at most 0, so that no temperature is too low for it
@@ -91,7 +93,7 @@ def pick(logits, *, temperature=0.0, top_k=None, top_p=None, generator=None):
         probabilities /= probabilities.sum()
     if top_p is not None:
         before = probabilities.cumsum(0) - probabilities  # probability of all likelier tokens
-        probabilities[before >= top_p] = 0
+        probabilities[1:][before[1:] >= top_p] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 

@@ -144,7 +144,7 @@ def _cell(value):
 def _number(cell):
     if not cell:
         return None
-    return int(cell) if re.fullmatch(r"-?\d+", cell) else float(cell)
+    return int(cell) if re.fullmatch(r"-?\d{1,18}", cell) else float(cell)
 
 
 def draw_loss_curve(rows, path, *, unigram_entropy, title):

@@ -15,6 +15,7 @@ document ends with the end of text), tokenizer.json and meta.json. A second call
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -322,7 +323,9 @@ def _open(folder: Path, fingerprint: str) -> Corpus | None:
             return None
         sizes = {key: int(meta[key]) for key in ("train_bytes", "val_bytes", "train_documents", "val_documents")}
         entropy = float(meta["val_unigram_entropy"])
-    except (OSError, EOFError, ValueError, KeyError, TypeError, UserError):
+        if min(sizes["train_bytes"], sizes["val_bytes"]) < 1 or not 0 <= entropy < math.inf:
+            return None
+    except Exception:  # whatever is wrong with a cache, it is made again
         return None
     return Corpus(tokenizer, **shards, **sizes, val_unigram_entropy=entropy, fingerprint=fingerprint)
 

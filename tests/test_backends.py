@@ -123,6 +123,8 @@ def test_anyones_kernel_is_found_in_the_working_directory(own_kernels):
         ("own_kernels:", "unknown"),
         ("no_such_package.kernel:attend", "cannot be imported .*no_such_package.*reference, sdpa"),
         ("own_kernels:missing", "cannot be imported .*missing"),
+        (".relative:attend", "cannot be imported"),
+        ("torch:relu", "cannot be called as"),
         ("own_kernels:short", r"cannot be called as \(q, k, v, \*, scale=None, dropout_p=0\.0\)"),
         ("own_kernels:number", "cannot be called"),
     ],

@@ -274,3 +274,33 @@ def test_a_full_disk_leaves_the_old_checkpoint(saved):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(e.value) and [p.name for p in saved.iterdir()] == ["checkpoint"]
     assert Training().restore(saved) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(saved, value):
+    training = Training()
+    training.run(1)
+    with torch.no_grad():
+        training.model.final_norm.scale[3] = value
+    with pytest.raises(UserError, match="the weights are not finite at step 2, and were not saved"):
+        training.save(saved, 2)
+    assert Training().restore(saved) == 1
+
+
+def test_weights_of_integers_are_refused(saved):
+    edit(saved, "model.safetensors", lambda t: t.update({"final_norm.scale": torch.ones(12, dtype=torch.int8)}))
+    refused(
+        saved, r"model.safetensors does not fit the model: final_norm.scale is int8 \[12\]; the checkpoint is damaged"
+    )
+
+
+@pytest.mark.parametrize(
+    "size, message", [(10**14, "out of memory for a model of .*state.json asks"), (10**30, "vocab_size")]
+)
+def test_a_state_that_asks_for_a_huge_model_is_refused(saved, size, message):
+    path = saved / "checkpoint/state.json"
+    state = json.loads(path.read_text())
+    state["model"]["vocab_size"] = size
+    path.write_text(json.dumps(state))
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_model(saved, attn="sdpa", norm="torch")

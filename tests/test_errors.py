@@ -56,3 +56,31 @@ def test_a_reader_that_has_left_ends_the_command_quietly(lines):
             timeout=60,
         )
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("redirected", [">&-", "> /dev/full"])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_output_that_cannot_be_written(redirected, encoding):
+    code = "import sys; from gptlib.errors import exit_status; sys.exit(exit_status(lambda: print('\\u20ac')))"
+    done = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -c "{code}" {redirected}'],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    full = "full" in redirected
+    assert (done.returncode, done.stderr) == ((2, "error: the output: No space left on device\n") if full else (0, ""))
+
+
+def test_characters_that_a_terminal_lacks_are_replaced():
+    code = "import sys; from gptlib.errors import exit_status; sys.exit(exit_status(lambda: print('a\\u20acb')))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"a?b\n", b"")
+
+
+def test_a_file_that_the_system_refuses_is_one_line(capsys):
+    assert exit_status(lambda: Path("/" + "a" * 300).read_text()) == 2
+    assert capsys.readouterr().err == f"error: /{'a' * 300}: File name too long\n"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gptlib import generate as sampling
+from gptlib.errors import UserError
 from gptlib.generate import (
     KVCache,
     generate,
@@ -136,6 +137,19 @@ def test_any_temperature_draws(temperature):
     assert drawn == ({1} if temperature < 1 else {1, 2, 3})
 
 
+def test_any_top_p_draws():
+    assert pick(LOGITS, temperature=1.0, top_p=1e-300) == int(LOGITS.argmax())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_scores_that_are_not_finite_are_refused(value, temperature):
+    logits = LOGITS.clone()
+    logits[1] = value
+    with pytest.raises(UserError, match="scores are not finite"):
+        pick(logits, temperature=temperature)
+
+
 def test_text_is_cut_between_characters():
     tokenizer = byte_tokenizer()
     pieces = list(text_stream(tokenizer, tokenizer.encode("a€b")))
@@ -187,6 +201,7 @@ def test_command_line(trained_run, capsys):
         (["--attn", "flash"], "--attn flash: unknown"),
         (["--run", "nowhere"], "nowhere holds no checkpoint"),
         (["--device", "tpu"], "--device tpu: unknown"),
+        (["--device", ""], "--device : unknown"),
         (["--attn", "sdpa-cudnn"], "--attn sdpa-cudnn cannot generate here: "),
     ],
 )

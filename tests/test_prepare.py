@@ -271,6 +271,31 @@ def test_shards_of_the_right_length_with_wrong_ids_are_made_again(make, folder, 
     assert getattr(again, name).dtype == np.uint16 and path.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    "change", [{"val_bytes": 0}, {"train_bytes": -1}, {"val_unigram_entropy": math.nan}, {"val_bytes": math.inf}]
+)
+def test_a_description_that_cannot_be_true_is_made_again(make, folder, tmp_path, change):
+    path = tmp_path / "cache" / make(folder, tokenizer="corpus").fingerprint / "meta.json"
+    content = path.read_text()
+    path.write_text(json.dumps(json.loads(content) | change))
+    make(folder, tokenizer="corpus")
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("name", ["train.npy", "meta.json"])
+def test_hostile_shards_are_made_again(make, folder, tmp_path, name):
+    path = tmp_path / "cache" / make(folder, tokenizer="corpus").fingerprint / name
+    content = path.read_bytes()
+    path.unlink()
+    if name == "meta.json":
+        path.write_text("[" * 100_000)
+    else:
+        with open(path, "wb") as f:
+            np.savez(f, a=np.arange(3))
+    make(folder, tokenizer="corpus")
+    assert path.read_bytes() == content
+
+
 def test_another_tokenizer_beside_the_shards_is_not_believed(make, folder, tmp_path):
     first = make(folder, tokenizer="corpus")
     byte_tokenizer().save(tmp_path / "cache" / first.fingerprint / "tokenizer.json")

@@ -318,6 +318,12 @@ def test_a_loss_that_explodes_ends_the_run(text):
     assert code == 2 and "the loss is nan" in err and "lower --lr" in err
 
 
+def test_weights_that_explode_are_not_saved(text):
+    code, _, err = trainer.run("--steps", 1, "--lr", 1e39, "--warmup-steps", 0, "--out", "run", data=text)
+    assert code == 2 and "the weights are not finite at step 1, and were not saved" in err
+    assert not Path("run/checkpoint").exists()
+
+
 def test_decay_is_on_matrices_only():
     cfg = GPTConfig(vocab_size=11, context_length=4, emb_dim=8, n_heads=2, n_layers=1, qkv_bias=True)
     model = train.build_model(cfg, attn="reference", norm="reference")
