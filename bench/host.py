@@ -3,11 +3,11 @@
     python bench/host.py
     python bench/host.py --op layer_norm --providers torch,triton
 
-Calls each op on a small tensor, forward alone (no gradient asked for), forward with its graph, and forward with
-backward, and never waits for the GPU inside a measurement. Without a GPU the launches of our kernels are left out:
-what remains is everything before Triton takes over, to be compared with itself before and after a change (other
-providers do their work there, and so do the matrix products of linear_cross_entropy). That results are right is the
-business of the tests.
+Calls each op on small inputs, forward alone (no gradient asked for), forward with its graph, and forward with backward,
+and never waits for the GPU inside a measurement. A provider that does not pass the correctness gate is not measured.
+Without a GPU the launches of our kernels are left out: what remains is everything before Triton takes over, to be
+compared with itself before and after a change (other providers do their work there, and so do the matrix products of
+linear_cross_entropy).
 """
 
 import contextlib
@@ -21,101 +21,86 @@ if not __package__:  # run as a script: the checkout belongs on the path, not be
 import torch
 from tqdm import tqdm
 
-from bench import command, environment, output, providers, table
+from bench import command, environment, gate, harness, output, providers, table, timing
+from bench.attention import Attention
+from bench.cross_entropy import CrossEntropy
+from bench.layernorm import LayerNorm
+from bench.linear_cross_entropy import LinearCrossEntropy
+from bench.softmax import Softmax
 from gptlib.device import choose_device
 from gptlib.flags import positive_int
 
-SHAPES = {  # of the tensors that an op is called with, which all want gradients
-    "causal_attention": [(1, 12, 128, 64)] * 3,
-    "layer_norm": [(128, 768), (768,), (768,)],
-    "add_layer_norm": [(128, 768), (128, 768), (768,), (768,)],
-    "rms_norm": [(128, 768), (768,)],
-    "softmax": [(128, 768)],
-    "causal_softmax": [(12, 64, 64)],
-    "cross_entropy": [(128, 768)],
-    "linear_cross_entropy": [(128, 64), (768, 64)],
+HEADS = {"dtype": "bf16", "batch": 1, "heads": 12, "seq": 128, "head_dim": 64, "dropout": 0.0}
+ROWS = {"dtype": "fp32", "rows": 128, "length": 768}
+CASES = {  # op -> the bench that makes its inputs, and their shape
+    "causal_attention": (Attention(), HEADS),
+    **{op: (LayerNorm(), {"op": op, **ROWS}) for op in ("layer_norm", "add_layer_norm", "rms_norm")},
+    "softmax": (Softmax(), {"op": "softmax", **ROWS}),
+    "causal_softmax": (Softmax(), {"op": "causal_softmax", "dtype": "fp32", "rows": 12 * 64, "length": 64}),
+    "cross_entropy": (CrossEntropy(), {"op": "cross_entropy", **ROWS}),
+    "linear_cross_entropy": (LinearCrossEntropy(), {"dtype": "bf16", "tokens": 128, "width": 64, "classes": 768}),
 }
 PROVIDERS = {"cuda": ["reference", "sdpa", "torch", "liger", "triton"], "cpu": ["triton"]}  # those that an op has
 MODES = ("no grad", "fwd", "fwd+bwd")
-COLUMNS = ["bench", "op", "provider", "mode", "p20_us", "p50_us", "p80_us", "calls", "device", "note"]
+COLUMNS = ["bench", "op", "provider", "mode", "status", "p20_us", "p50_us", "p80_us", "calls", "device", "note"]
 NO_LAUNCH = "without Triton's launch"
+WARM_UP = 20  # calls that compile and fill caches
 
 
-def arguments(op, device):
-    """(tensors that want gradients, what follows them) of a call."""
-    dtype = torch.bfloat16 if op in ("causal_attention", "linear_cross_entropy") else torch.float32
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in SHAPES[op]]
-    if op.endswith("cross_entropy"):
-        return tensors, [torch.zeros(128, dtype=torch.int64, device=device)]
-    return tensors, [0.125] if op == "causal_softmax" else []
-
-
-def calls_of(op, function, device):
-    """{mode: a call without arguments}."""
-    tensors, rest = arguments(op, device)
-
-    def forward():
-        out = function(*tensors, *rest)
-        return out[0] if isinstance(out, tuple) else out
-
-    def no_grad():
-        with torch.no_grad():
-            return forward()
-
-    gradient = torch.ones_like(forward())
-
-    def both():
-        torch.autograd.grad(forward(), tensors, gradient)
-
-    return dict(zip(MODES, (no_grad, forward, both), strict=True))
+def call_of(bench, case, function, inputs, mode):
+    """A call without arguments."""
+    step, _ = harness.steps_of(bench, function, inputs, case, "fwd" if mode == "no grad" else mode)
+    return torch.no_grad()(step) if mode == "no grad" else step
 
 
 def microseconds(call, calls, device):
-    """Host time of each of `calls` calls, after some that compile and fill caches."""
-
-    def timed():
-        start = time.perf_counter()
-        call()
-        return 1e6 * (time.perf_counter() - start)
-
+    """Host time of each of `calls` calls."""
     times = []
-    for done in range(20 + calls):
+    for done in range(WARM_UP + calls):
         if done % 20 == 0 and device.type == "cuda":
             torch.cuda.synchronize(device)  # or a full queue would be what is measured
-        times.append(timed())
-    return times[20:]
+        start = time.perf_counter()
+        call(None)
+        times.append(1e6 * (time.perf_counter() - start))
+    return times[WARM_UP:]
 
 
-def launches(provider, device):
-    """(context for a provider's calls, note): without a GPU Triton's launches are left out."""
-    if device.type == "cuda" or provider != "triton":
-        return contextlib.nullcontext(), ""
+def leave_out_launches():
+    """A context in which Triton has nothing to do."""
     from kernels._runtime import record_launches
 
-    return record_launches("sm_90", lambda *launch: None), NO_LAUNCH
+    return record_launches("sm_90", lambda *launch: None)
 
 
-def measure(op, provider, device, calls):
-    """A row for every mode."""
-    context, note = launches(provider.name, device)
+def measure(op, provider, checks, device, calls):
+    """A row for every mode: status "measured", or what the gate or the call said instead."""
+    bench, case = CASES[op]
+    verdict = checks.verdict(provider, case)
+    leave_out = provider.name == "triton" and device.type == "cpu"
     rows = []
-    with context:
-        for mode, call in calls_of(op, provider.call, device).items():
-            times = microseconds(call, calls, device)
-            p20, p50, p80 = (sorted(times)[int(share * len(times))] for share in (0.2, 0.5, 0.8))
-            rows.append(
-                {
-                    "bench": "host", "op": op, "provider": provider.name, "mode": mode, "p20_us": p20, "p50_us": p50,
-                    "p80_us": p80, "calls": calls, "device": environment.device_name(device), "note": note,
-                }
-            )  # fmt: skip
+    for mode in MODES:
+        row = {"bench": "host", "op": op, "provider": provider.name, "mode": mode, "calls": calls}
+        row |= {"device": environment.device_name(device), "status": verdict.status, "note": verdict.note}
+        rows.append(row)
+        if verdict.status != "ok":
+            continue
+        try:
+            with leave_out_launches() if leave_out else contextlib.nullcontext():
+                call = call_of(bench, case, provider.call, harness.timing_inputs(bench, case, device), mode)
+                times = sorted(microseconds(call, calls, device))
+        except Exception as e:
+            row |= {"status": gate.status_of(e), "note": providers.first_line(e)}
+            continue
+        p20, p50, p80 = (times[int(share * calls)] for share in (0.2, 0.5, 0.8))
+        row |= {"status": "measured", "note": NO_LAUNCH * leave_out, "p20_us": p20, "p50_us": p50, "p80_us": p80}
+    if any(row["status"] != "measured" for row in rows):
+        timing.require_device(device, f"{provider.name} {op}")
     return rows
 
 
 def main(argv=None):
     p = command.parser(__doc__)
-    p.add_argument("--op", type=command.one_of(SHAPES), default=list(SHAPES), metavar="NAME,...", help="default: all")
+    p.add_argument("--op", type=command.one_of(CASES), default=list(CASES), metavar="NAME,...", help="default: all")
     default = ",".join(PROVIDERS["cuda"])
     p.add_argument("--providers", type=command.names, metavar="NAME,...", help=f"default: {default}; on a CPU triton")
     p.add_argument("--calls", type=positive_int, default=400, metavar="N", help="measured of each kind (400)")
@@ -129,16 +114,18 @@ def main(argv=None):
     rows = []
     for op in tqdm(args.op, unit="op", desc="host", disable=None):
         found, _ = providers.resolve(op, [name for name in names if name in providers.known_names(op)])
+        checks = gate.Gate(CASES[op][0], providers.reference_of(op), device, with_gradients=True)
         for provider in found:
-            rows += measure(op, provider, device, args.calls)
+            rows += measure(op, provider, checks, device, args.calls)
         output.save(args.out, output.file_name("host", args.label), rows, COLUMNS, facts)
     facts["complete"] = True
     for folder in [args.out, *([environment.results_folder(device)] if args.publish else [])]:
         output.save(folder, output.file_name("host", args.label), rows, COLUMNS, facts)
     print(f"host time of a call on {environment.device_name(device)}, microseconds at the median\n")
     print(table.compare_providers(rows, ["op", "mode"], "p50_us", lowest=True))
-    if any(row["note"] for row in rows):
-        print(f"\ntriton: {NO_LAUNCH}, for there is no GPU here")
+    print()
+    for line in dict.fromkeys(f"{row['provider']}: {row['status']}: {row['note']}" for row in rows if row["note"]):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -115,12 +115,12 @@ def speed_table(result, value="rate", *, lowest=False, modes=None):
     return markdown([*keys, *names], body)
 
 
-def cell(row, value, best):
+def cell(row, value, best, digits=1):
     if row is None:
         return "-"
     if row.get(value) is None:
         return row["status"]
-    text = f"{row[value]:.1f}"
+    text = f"{row[value]:.{digits}f}"
     return f"**{text}**" if text == best else text
 
 
@@ -147,13 +147,13 @@ def host_table(result):
     names = list(dict.fromkeys(row["provider"] for row in result.rows))
     lines = {}
     for row in result.rows:
-        lines.setdefault((row["op"], row["mode"]), {})[row["provider"]] = f"{row['p50_us']:.0f}"
+        lines.setdefault((row["op"], row["mode"]), {})[row["provider"]] = cell(row, "p50_us", None, digits=0)
     return markdown(["op", "mode", *names], [[*key, *(line.get(n, "-") for n in names)] for key, line in lines.items()])
 
 
 def host_words(result):
     """What the table of host times holds."""
-    notes = {f"{row['provider']} {row['note']}" for row in result.rows if row["note"]}
+    notes = {f"{row['provider']} {row['note']}" for row in result.rows if row["note"] and row["status"] == "measured"}
     return f"Microseconds at the median before the GPU can begin{''.join(f'; {n}' for n in sorted(notes))}."
 
 

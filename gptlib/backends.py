@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from gptlib import reference
-from gptlib.errors import UserError
+from gptlib.errors import UserError, kind_of
 
 INTERPRETER_NOTE = "triton without a GPU runs in Triton's interpreter: right to the last digit that counts, but slow"
 
@@ -211,14 +211,9 @@ def _some_positions(n_heads, head_dim, **options):
 
 
 def _check_result(name, out, q):
-    def described(x):
-        if not isinstance(x, torch.Tensor):
-            return type(x).__name__
-        return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
-
-    if described(out) != described(q):
+    if kind_of(out) != kind_of(q):
         raise UserError(
-            f"--attn {name} returned {described(out)} where q is {described(q)}; it must return a tensor (B, H, T, D) "
+            f"--attn {name} returned {kind_of(out)} where q is {kind_of(q)}; it must return a tensor (B, H, T, D) "
             "with q's shape and dtype"
         )
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gptlib.device import memory_for
-from gptlib.errors import UserError, writing
+from gptlib.errors import UserError, kind_of, writing
 from gptlib.model import GPTConfig, GPTModel
 
 STATE_KEYS = {"step", "model", "tokenizer_hash", "data_fingerprint", "batches"}
@@ -127,7 +127,7 @@ def load_weights(run, model):
     tensors = _read(path)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise UserError(f"{path} does not fit the model: {name} is {_kind(tensor)}; the checkpoint is damaged")
+            raise UserError(f"{path} does not fit the model: {name} is {kind_of(tensor)}; the checkpoint is damaged")
     if model.cfg.tie_weights and "tok_emb.weight" in tensors:
         tensors["out_head.weight"] = tensors["tok_emb.weight"]
     try:
@@ -144,7 +144,7 @@ def load_optimizer(run, model, optimizer, step):
     for name, p in model.named_parameters() if step else ():
         expected |= {f"{name}.step": torch.zeros(()), f"{name}.exp_avg": p, f"{name}.exp_avg_sq": p}
     for key in sorted(tensors.keys() | expected.keys()):
-        found, wanted = _kind(tensors.get(key)), _kind(expected.get(key))
+        found, wanted = kind_of(tensors.get(key)), kind_of(expected.get(key))
         if found != wanted:
             raise UserError(f"{path} does not fit the model ({key}: {found}, not {wanted}); the checkpoint is damaged")
     names = {id(p): name for name, p in model.named_parameters()}
@@ -165,7 +165,7 @@ def model_tensors(model):
 def read_json(path):
     """The object in a JSON file; OSError or ValueError where there is none."""
     try:
-        values = json.loads(Path(path).read_text())
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
     except RecursionError as e:
         raise ValueError("it is nested too deeply") from e
     if not isinstance(values, dict):
@@ -189,11 +189,6 @@ def _check_shape(shape):
         if type(value) not in types[name] or not abs(value) < 2**63:
             raise ValueError(f"{name} of the model is {value!r}")
     GPTConfig(**shape)
-
-
-def _kind(tensor):
-    """A tensor's dtype and shape in words."""
-    return "none" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _optimizer_tensors(model, optimizer):

@@ -10,7 +10,6 @@ gets zeros for it on the way out, which compute the same.
 """
 
 import dataclasses
-import json
 import os
 import sys
 import tempfile
@@ -240,14 +239,11 @@ def _tokenizer(vocabulary: dict, path: Path) -> Tokenizer:
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return checkpoint.read_json(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return content
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON that describes a model: {error}") from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -10,6 +10,13 @@ class UserError(Exception):
     """Bad input from the user: one clear line that says what, why and what to do; a command line exits with code 2."""
 
 
+def kind_of(x):
+    """A tensor's dtype and shape in words, "float32 (3, 4)"; of anything else its type's name."""
+    if not hasattr(x, "dtype"):
+        return type(x).__name__
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+
+
 @contextlib.contextmanager
 def writing(path, *errors):
     """What keeps a file from being written, such as a full disk (OSError, or one of `errors`), becomes a UserError with

@@ -207,12 +207,12 @@ def test_splitting_the_keys_changes_nothing_but_the_order(num_spans, window, dev
 @pytest.mark.parametrize("D, dtype, tiles", [(40, fp32, 3), (136, bf16, 2), (40, bf16, 1)])
 def test_more_rows_than_a_tile_of_decoding(D, dtype, tiles, device):
     from kernels._runtime import cdiv
-    from kernels.attention.decode import attention_decode, rows_per_tile
+    from kernels.attention.decode import attention_decode, rows_of, rows_per_tile
     from kernels.attention.forward import attention_forward
 
     q, k, v = (x.to(dtype) for x in _inputs(device, H=12, T=600, D=D))
     q, k, v = q[:, :, -7:], k[:, ::6], v[:, ::6]  # 42 rows: 6 heads of 7 queries
-    assert cdiv(42, rows_per_tile(42, D, dtype)) == tiles
+    assert rows_of(q, k) == 42 and cdiv(42, rows_per_tile(q, k)) == tiles
     whole, lse = attention_forward(q, k, v, 0.2)
     split, split_lse = attention_decode(q, k, v, 0.2, num_spans=2)
     torch.testing.assert_close(split.float(), whole.float(), atol=1e-6 if dtype == fp32 else 0.01, rtol=0.01)

@@ -1,13 +1,16 @@
 """Derivatives that the kernels do not have are refused, never wrong; what is no tensor is refused by name."""
 
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
+import triton
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+from kernels import _runtime
 from kernels.attention import hopper
 
 TARGETS = torch.tensor([1, 0, 3])
@@ -83,7 +86,7 @@ def test_dual_tensors_are_refused(op, compiled, x):
 
 @every_op
 def test_torch_func_is_refused(op, x):
-    with pytest.raises((NotImplementedError, RuntimeError)):
+    with pytest.raises(RuntimeError, match="setup_context"):
         torch.func.grad(lambda t: OPS[op](t).sum())(x)
 
 
@@ -150,8 +153,7 @@ def test_dynamo_sees_no_frame_inside_an_operator(x):
     seen = set()
 
     def look(frame, *_):
-        if "/kernels/" in frame.f_code.co_filename or frame.f_code is watched.__code__:
-            seen.add(frame.f_code.co_name)
+        seen.add((frame.f_code.co_filename, frame.f_code.co_name))
         return ConvertFrameReturn()
 
     def watched():
@@ -163,8 +165,10 @@ def test_dynamo_sees_no_frame_inside_an_operator(x):
         watched()
     finally:
         set_eval_frame(before)
-    assert "watched" in seen
-    assert not seen & {"differentiable", "forward", "launch", "arch", "row_tile", "plan", "cdiv", "empty_rows"}
+    assert (__file__, "watched") in seen
+    inside = [str(Path(triton.__file__).parent), _runtime.launch.__code__.co_filename]
+    hidden = {name for file, name in seen if file.startswith(inside[0])}
+    assert not hidden and (inside[1], "launch") not in seen
 
 
 def test_a_module_can_be_reloaded(x):

@@ -106,24 +106,27 @@ def merge_kernel(
     tl.store(lse_ptr + pid, m + tl.log(total))
 
 
+def rows_of(q, k):
+    """How many rows share a key head: GROUP * Tq."""
+    return q.shape[1] // k.shape[1] * q.shape[2]
+
+
+def rows_per_tile(q, k):
+    """ROWS: a power of two, 16 at least (the tensor cores' M)."""
+    most = MAX_ROWS_FP32 if q.dtype == torch.float32 else MAX_ROWS_OF_WIDE_HEADS if q.shape[3] > 128 else MAX_ROWS
+    return min(most, max(16, next_power_of_2(rows_of(q, k))))
+
+
 def num_spans_for(q, k):
     """How many spans fill the GPU twice over, none shorter than MIN_SPAN."""
-    rows = q.shape[2] * (q.shape[1] // k.shape[1])
-    tiles = cdiv(rows, rows_per_tile(rows, q.shape[3], q.dtype))
+    tiles = cdiv(rows_of(q, k), rows_per_tile(q, k))
     wanted = 2 * _runtime.multiprocessors(q.device) // max(1, k.shape[0] * k.shape[1] * tiles)
     return max(1, min(wanted, k.shape[2] // MIN_SPAN, MAX_SPANS))
 
 
-def rows_per_tile(rows, head_dim, dtype):
-    """ROWS: a power of two, 16 at least (the tensor cores' M)."""
-    most = MAX_ROWS_FP32 if dtype == torch.float32 else MAX_ROWS_OF_WIDE_HEADS if head_dim > 128 else MAX_ROWS
-    return min(most, max(16, next_power_of_2(rows)))
-
-
 def applies(q, k, dropout_p, cu_seqlens):
     """Whether a split over keys serves this call: few rows, long keys, too few heads to fill the GPU."""
-    rows = q.shape[2] * (q.shape[1] // k.shape[1])
-    return rows <= MAX_ROWS and dropout_p == 0.0 and cu_seqlens is None and num_spans_for(q, k) > 1
+    return rows_of(q, k) <= MAX_ROWS and dropout_p == 0.0 and cu_seqlens is None and num_spans_for(q, k) > 1
 
 
 def attention_decode(q, k, v, scale, window=0, num_spans=None):
@@ -132,13 +135,13 @@ def attention_decode(q, k, v, scale, window=0, num_spans=None):
     Hkv, Tk = k.shape[1], k.shape[2]
     tile, sources = plan("decode", (k, v), "kk")
     block_d = padded_head_dim(D)
-    rows = rows_per_tile(H // Hkv * Tq, D, q.dtype)
+    rows = rows_per_tile(q, k)
     span = cdiv(cdiv(Tk, num_spans or num_spans_for(q, k)), tile.block_k) * tile.block_k
     num_spans = cdiv(Tk, span)
     partial_out = torch.empty((B, H, num_spans, Tq, D), dtype=torch.float32, device=q.device)
     partial_lse = torch.empty((B, H, num_spans, Tq), dtype=torch.float32, device=q.device)
     _runtime.launch(
-        decode_kernel, (B * Hkv * cdiv(H // Hkv * Tq, rows) * num_spans,),
+        decode_kernel, (B * Hkv * cdiv(rows_of(q, k), rows) * num_spans,),
         q, *sources, partial_out, partial_lse, *strides(q), *strides(k), *strides(v),
         H, Hkv, Tq, Tk, span, num_spans, window, scale * LOG2_E,
         HEAD_DIM=D, ROWS=rows, BLOCK_K=tile.block_k, BLOCK_D=block_d, USE_TMA=tile.use_tma,
